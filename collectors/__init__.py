@@ -1,0 +1,1 @@
+"""From a training step to Moments, and from Moments to a server."""

@@ -1,0 +1,1 @@
+"""Update rules that use the variance of gradients."""

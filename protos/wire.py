@@ -1,0 +1,163 @@
+"""The rules of the wire that the ``.proto`` files can't state: shapes, lengths, names, byte order.
+
+The only hand-written code that takes messages apart; both ends use it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from gradiometer.protos.batch_pb2 import StepBatch
+from gradiometer.protos.run_pb2 import LOSS_REDUCTION_UNSPECIFIED, Run
+from gradiometer.stats_core import catalog
+from gradiometer.stats_core.errors import PeerFault
+
+__all__ = [
+    "COLUMN_DTYPE",
+    "SCALAR_DTYPE",
+    "check_batch",
+    "check_run",
+    "column_arrays",
+    "layers_differ",
+    "pack_batch",
+    "scalar_arrays",
+]
+
+COLUMN_DTYPE = np.dtype("<f4")
+SCALAR_DTYPE = np.dtype("<f8")
+MAX_LAYERS = 100_000
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SCALAR_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]{0,127}")
+_COLUMNS = frozenset(row.name for row in catalog.WIRE)
+
+
+def check_run(run: Run) -> None:
+    """Refuse a run that can't be stored.
+
+    Raises:
+        PeerFault: if its id, its layers or its loss normalisation are not in order.
+    """
+    if not _RUN_ID.fullmatch(run.run_id) or ".." in run.run_id:
+        raise PeerFault(
+            f"RegisterRun needs run_id of letters, digits, '.', '_' and '-', at most 128, got run_id={run.run_id!r}; "
+            "choose another name for the run"
+        )
+    if not 0 < len(run.layers) <= MAX_LAYERS:
+        raise PeerFault(
+            f"RegisterRun needs 1 to {MAX_LAYERS} layers, got layers={len(run.layers)}; "
+            "register the layers that are measured"
+        )
+    names = [layer.name for layer in run.layers]
+    if len(set(names)) != len(names) or not all(names):
+        twice = next((name for name in names if names.count(name) > 1), "")
+        raise PeerFault(f"RegisterRun needs layers of unique, non-empty names, got layer={twice!r}; rename it")
+    if run.loss.reduction == LOSS_REDUCTION_UNSPECIFIED:
+        raise PeerFault("RegisterRun needs loss.reduction, got none; say how the loss treats the batch")
+
+
+def layers_differ(known: Run, offered: Run) -> str | None:
+    """How the layers of a second registration differ from the first, in words; None where they are the same."""
+    if len(known.layers) != len(offered.layers):
+        return f"{len(known.layers)} layers registered, {len(offered.layers)} offered"
+    for number, (old, new) in enumerate(zip(known.layers, offered.layers, strict=True)):
+        if old.name != new.name or old.num_params != new.num_params:
+            return (
+                f"layer {number} is {old.name!r} with {old.num_params} parameters, "
+                f"{new.name!r} with {new.num_params} offered"
+            )
+    return None
+
+
+def check_batch(batch: StepBatch, num_layers: int) -> None:
+    """Refuse a batch whose columns do not fit the run.
+
+    Raises:
+        PeerFault: naming the first thing that is wrong; nothing of the batch may be stored then.
+    """
+    steps = len(batch.steps)
+    if any(later <= earlier for earlier, later in zip(batch.steps, batch.steps[1:], strict=False)):
+        raise PeerFault("Publish needs steps in ascending order, got a step twice or going back; sort the batch")
+    if len(batch.unix_nanos) != steps:
+        raise PeerFault(
+            f"Publish needs one time a step, got steps={steps}, unix_nanos={len(batch.unix_nanos)}; send both or neither"
+        )
+    if batch.layer_indices:
+        raise PeerFault("Publish needs columns of all layers, got layer_indices; leave it empty")
+    if steps and batch.num_layers != num_layers:
+        raise PeerFault(
+            f"Publish needs num_layers={num_layers} as registered, got num_layers={batch.num_layers}; "
+            "register a model of other layers as another run"
+        )
+    for name, values in batch.columns.items():
+        if name not in _COLUMNS:
+            raise PeerFault(
+                f"Publish needs columns of the catalogue, got column={name!r}; use the same version on both sides"
+            )
+        _check_length("column", name, len(values), steps * num_layers * COLUMN_DTYPE.itemsize)
+    for name, values in batch.scalars.items():
+        if not _SCALAR_NAME.fullmatch(name):
+            raise PeerFault(
+                f"Publish needs scalar names of letters, digits, '_', '.', '/' and '-', got scalar={name[:140]!r}; rename it"
+            )
+        _check_length("scalar", name, len(values), steps * SCALAR_DTYPE.itemsize)
+    for histogram in batch.histograms:
+        if (
+            histogram.step_index >= steps
+            or histogram.layer >= num_layers
+            or len(histogram.positive_index) != len(histogram.positive_count)
+            or len(histogram.negative_index) != len(histogram.negative_count)
+        ):
+            raise PeerFault(
+                f"Publish needs histograms of the batch's steps and layers with a count a bucket, "
+                f"got step_index={histogram.step_index}, layer={histogram.layer}; check both"
+            )
+    for example in batch.examples:
+        if example.step_index >= steps or not -1 <= example.layer < num_layers:
+            raise PeerFault(
+                f"Publish needs examples of the batch's steps and layers, got step_index={example.step_index}, "
+                f"layer={example.layer}; check both"
+            )
+
+
+def _check_length(what: str, name: str, got: int, wanted: int) -> None:
+    if got != wanted:
+        raise PeerFault(
+            f"Publish needs {wanted} bytes in {what}={name!r}, got {got}; send little-endian values for every step"
+            + (" and layer" if what == "column" else "")
+        )
+
+
+def pack_batch(
+    steps: Sequence[int],
+    unix_nanos: Sequence[int],
+    num_layers: int,
+    columns: Mapping[str, np.ndarray],
+    scalars: Mapping[str, np.ndarray],
+) -> StepBatch:
+    """A message from arrays of shape ``(steps, layers)`` and ``(steps,)``.
+
+    Example:
+        >>> import numpy as np
+        >>> batch = pack_batch([7], [0], 2, {"mean_sq_norm": np.array([[1.0, 2.0]])}, {"loss": np.array([0.5])})
+        >>> column_arrays(batch)["mean_sq_norm"]
+        array([[1., 2.]], dtype=float32)
+    """
+    return StepBatch(
+        steps=steps,
+        unix_nanos=unix_nanos,
+        num_layers=num_layers,
+        columns={name: np.ascontiguousarray(values, COLUMN_DTYPE).tobytes() for name, values in columns.items()},
+        scalars={name: np.ascontiguousarray(values, SCALAR_DTYPE).tobytes() for name, values in scalars.items()},
+    )
+
+
+def column_arrays(batch: StepBatch) -> dict[str, np.ndarray]:
+    """The columns of a checked batch, shape ``(steps, layers)`` each: views, read-only."""
+    shape = (len(batch.steps), batch.num_layers)
+    return {name: np.frombuffer(values, COLUMN_DTYPE).reshape(shape) for name, values in batch.columns.items()}
+
+
+def scalar_arrays(batch: StepBatch) -> dict[str, np.ndarray]:
+    """The scalars of a checked batch, shape ``(steps,)`` each: views, read-only."""
+    return {name: np.frombuffer(values, SCALAR_DTYPE) for name, values in batch.scalars.items()}

@@ -1,0 +1,1 @@
+"""From batches to answers: ingest, store, queries, metrics, the live page."""

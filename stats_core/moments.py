@@ -1,0 +1,258 @@
+"""Moments of the per-example gradients of one parameter: count, mean, centred sum of squares, norms.
+
+They are sufficient: whatever is asked later (variance, noise scale, signal-to-noise ratio) is formed
+from them, and two of them merge exactly (Chan, Golub and LeVeque), so micro-batches, ranks and
+shards give what one pass over all examples would have given.
+"""
+
+import math
+from typing import NamedTuple, Self
+
+from gradiometer.stats_core.arrays import Array, concrete_count, namespace, positive_or_one, widened
+
+__all__ = ["Moments", "standard_error", "variance"]
+
+
+class Moments(NamedTuple):
+    r"""Moments of the per-example gradients :math:`g_i` of one parameter, on the parameter's device.
+
+    :math:`g_i = \nabla \ell_i` is the gradient of example i's own loss, :math:`a_i` its raw weight
+    (1 for mean and sum losses), :math:`w_i = a_i / \sum a` and :math:`\bar g = \sum w_i g_i`.
+
+    Being a NamedTuple, it is a pytree in jax and in torch alike.
+
+    Attributes:
+        count: examples, n.
+        weight_sum: :math:`\sum a_i`.
+        weight_sq_sum: :math:`\sum a_i^2`.
+        mean: :math:`\bar g`, shape ``(*param,)``. Unit: loss / parameter.
+        m2: :math:`\sum a_i (g_i - \bar g)^2`, shape ``(*param,)``. Unit: (loss / parameter)².
+        sq_norms: :math:`\|g_i\|^2`, shape ``(batch,)``: this rank's examples only.
+        weights: :math:`a_i`, shape ``(batch,)``: this rank's examples only.
+        dots: :math:`\langle g_i, \bar g \rangle`, shape ``(batch,)``, or None where not asked for.
+        sign_mean: :math:`\sum w_i \operatorname{sign} g_i`, shape ``(*param,)``, or None where not asked for.
+
+    Example:
+        >>> import numpy as np
+        >>> moments = Moments.from_per_example(np.array([[1.0, 0.0], [3.0, 0.0], [5.0, 6.0]]))
+        >>> moments.count, moments.mean, moments.m2
+        (3, array([3., 2.]), array([ 8., 24.]))
+        >>> moments.sq_norms
+        array([ 1.,  9., 61.])
+    """
+
+    count: Array
+    weight_sum: Array
+    weight_sq_sum: Array
+    mean: Array
+    m2: Array
+    sq_norms: Array
+    weights: Array
+    dots: Array | None = None
+    sign_mean: Array | None = None
+
+    @classmethod
+    def from_per_example(cls, grads: Array, weights: Array | None = None) -> Self:
+        r"""Moments of materialised per-example gradients.
+
+        Centred before squaring, and the centre's own rounding is taken out again, so that the
+        variance keeps its digits where the mean is far larger than the deviations.
+
+        Args:
+            grads: gradients of the unscaled per-example losses, shape ``(batch, *param)``.
+                Half precision is accumulated in float32.
+            weights: raw weights :math:`a_i`, shape ``(batch,)``; None for weights of 1.
+
+        Returns:
+            Moments with ``mean`` and ``m2`` of shape ``(*param,)``.
+
+        Raises:
+            ValueError: if there is no example, or ``weights`` has another length.
+
+        Example:
+            >>> import numpy as np
+            >>> Moments.from_per_example(np.array([[1.0], [4.0]]), weights=np.array([2.0, 1.0])).mean
+            array([2.])
+        """
+        batch = grads.shape[0] if grads.ndim else 0
+        if batch == 0:
+            raise ValueError(
+                f"Moments.from_per_example needs at least one example on the leading axis, got grads of shape "
+                f"{tuple(grads.shape)}; pass gradients of shape (batch, *param)"
+            )
+        if weights is not None and tuple(weights.shape) != (batch,):
+            raise ValueError(
+                f"Moments.from_per_example needs one weight an example, got weights of shape {tuple(weights.shape)} "
+                f"for batch={batch}; pass weights of shape (batch,)"
+            )
+        xp = namespace(grads)
+        grads = widened(grads)
+        sq_norms = xp.sum(xp.reshape(grads * grads, (batch, math.prod(grads.shape[1:]))), axis=1)
+        if weights is None:
+            weights = xp.ones_like(sq_norms)
+            weight_sum, weight_sq_sum = float(batch), float(batch)
+            column = None
+        else:
+            weights = xp.astype(weights, grads.dtype)
+            weight_sum, weight_sq_sum = xp.sum(weights), xp.sum(weights * weights)
+            column = xp.reshape(weights, (batch, *([1] * (grads.ndim - 1))))
+
+        def weighted_sum(values: Array) -> Array:
+            return xp.sum(values if column is None else column * values, axis=0)
+
+        mean = weighted_sum(grads) / weight_sum
+        centred = grads - mean[None]
+        slip = weighted_sum(centred) / weight_sum  # what rounding left of the mean in the deviations
+        m2 = weighted_sum(centred * centred) - weight_sum * slip * slip
+        return cls(
+            count=batch,
+            weight_sum=weight_sum,
+            weight_sq_sum=weight_sq_sum,
+            mean=mean + slip,
+            m2=xp.where(m2 < 0, xp.zeros_like(m2), m2),
+            sq_norms=sq_norms,
+            weights=weights,
+        )
+
+    def merge(self, other: Self) -> Self:
+        r"""Moments of both sets of examples together, by the rule of Chan, Golub and LeVeque.
+
+        .. math:: M_2 = M_{2,a} + M_{2,b} + \frac{W_a W_b}{W_a + W_b} (\bar g_b - \bar g_a)^2
+
+        Guarantees:
+            * Exact in exact arithmetic: merging shards in any order gives what one pass gives.
+            * Moments with ``count`` 0 are the identity.
+
+        Raises:
+            ValueError: if one side has ``dots`` or ``sign_mean`` and the other has not, or the
+                parameters' shapes differ. (Merged ``dots`` would refer to two different means,
+                so they are given up: the result has None.)
+
+        Example:
+            >>> import numpy as np
+            >>> grads = np.array([[1.0], [3.0], [5.0]])
+            >>> left, right = Moments.from_per_example(grads[:1]), Moments.from_per_example(grads[1:])
+            >>> float(left.merge(right).m2[0]) == float(Moments.from_per_example(grads).m2[0])
+            True
+
+        References:
+            Chan, Golub and LeVeque, "Algorithms for computing the sample variance: analysis and
+            recommendations", The American Statistician 37(3), 1983.
+        """
+        if tuple(self.mean.shape) != tuple(other.mean.shape):
+            raise ValueError(
+                f"Moments.merge needs moments of one parameter, got mean of shape {tuple(self.mean.shape)} and "
+                f"{tuple(other.mean.shape)}; merge each parameter with its own"
+            )
+        if (self.sign_mean is None) != (other.sign_mean is None):
+            raise ValueError(
+                "Moments.merge needs sign_mean on both sides or on neither, got it on one; "
+                "collect both with the same statistics"
+            )
+        xp = namespace(self.mean, other.mean)
+        weight_sum = self.weight_sum + other.weight_sum
+        share = other.weight_sum / positive_or_one(weight_sum)
+        delta = other.mean - self.mean
+        sign_mean = None
+        if self.sign_mean is not None and other.sign_mean is not None:
+            sign_mean = self.sign_mean + (other.sign_mean - self.sign_mean) * share
+        return type(self)(
+            count=self.count + other.count,
+            weight_sum=weight_sum,
+            weight_sq_sum=self.weight_sq_sum + other.weight_sq_sum,
+            mean=self.mean + delta * share,
+            m2=self.m2 + other.m2 + delta * delta * (self.weight_sum * share),
+            sq_norms=xp.concat([self.sq_norms, other.sq_norms]),
+            weights=xp.concat([self.weights, other.weights]),
+            sign_mean=sign_mean,
+        )
+
+    def scaled(self, factor: Array) -> Self:
+        """Moments of ``factor`` times every gradient: what a loss scale or a reduction is undone with."""
+        square = factor * factor
+        return self._replace(
+            mean=self.mean * factor,
+            m2=self.m2 * square,
+            sq_norms=self.sq_norms * square,
+            dots=None if self.dots is None else self.dots * square,
+        )
+
+
+def variance(moments: Moments, *, ddof: int = 1) -> Array:
+    r"""Per-element variance of the per-example gradients.
+
+    .. math:: s^2 = \frac{M_2}{W - \mathrm{ddof} \sum a_i^2 / W}, \qquad W = \sum a_i
+
+    which is :math:`M_2 / (n - \mathrm{ddof})` where all weights are 1. With ``ddof=1`` it is an
+    unbiased estimate of the diagonal of the per-example gradient covariance :math:`\Sigma`; its sum
+    over elements estimates :math:`\operatorname{tr} \Sigma`, the numerator of the noise scale.
+
+    Args:
+        moments: of gradients of the *unscaled* per-example losses. For a loss averaged over the
+            batch, multiply the gradients by n first; else the result is too small by n².
+        ddof: 1 when the examples were drawn from a larger data set (the usual case), 0 when they
+            are the whole population.
+
+    Returns:
+        s², shape ``(*param,)``. Unit: (loss / parameter)².
+
+    Raises:
+        ValueError: if ``moments.count <= ddof``, where the estimate does not exist. (NaN instead
+            where the count is traced, as inside ``jit``.)
+
+    Guarantees:
+        * Finite moments give a finite result that is never negative.
+        * Adding one vector to every gradient leaves the result unchanged, up to rounding.
+        * Merging shards in any order gives the same result, up to rounding.
+
+    Edge cases:
+        ===========================  ==========================================
+        all gradients equal          exactly 0 if their mean is exact in the dtype
+        ``count == 1, ddof == 0``    0
+        ``count <= ddof``            ``ValueError``; NaN where traced
+        a NaN or inf gradient        NaN in the elements it touches, not in others
+        ===========================  ==========================================
+
+    Example:
+        >>> import numpy as np
+        >>> variance(Moments.from_per_example(np.array([[1.0, 0.0], [3.0, 0.0], [5.0, 6.0]])))
+        array([ 4., 12.])
+        >>> variance(Moments.from_per_example(np.array([[1.0, 0.0]])))
+        Traceback (most recent call last):
+            ...
+        ValueError: variance needs count > ddof, got count=1, ddof=1; collect more examples or lower ddof
+    """
+    count = concrete_count(moments.count)
+    if count is not None and count <= ddof:
+        raise ValueError(
+            f"variance needs count > ddof, got count={count:g}, ddof={ddof}; collect more examples or lower ddof"
+        )
+    freedom = moments.weight_sum - ddof * moments.weight_sq_sum / moments.weight_sum
+    if count is None:
+        xp = namespace(moments.mean)
+        freedom = xp.where(moments.count <= ddof, xp.nan, freedom)
+    return moments.m2 / freedom
+
+
+def standard_error(moments: Moments) -> Array:
+    r"""Standard error of the mean gradient, per element.
+
+    .. math:: \sqrt{s^2 \textstyle\sum w_i^2}
+
+    which is :math:`s / \sqrt n` where all weights are 1: by how much the batch gradient would differ
+    from one batch to the next if nothing but the drawn examples changed.
+
+    Returns:
+        Shape ``(*param,)``. Unit: loss / parameter.
+
+    Raises:
+        ValueError: as `variance` with ``ddof=1``.
+
+    Example:
+        >>> import numpy as np
+        >>> standard_error(Moments.from_per_example(np.array([[1.0], [3.0], [5.0], [7.0]]))).round(4)
+        array([1.291])
+    """
+    xp = namespace(moments.mean)
+    share = moments.weight_sq_sum / (moments.weight_sum * moments.weight_sum)
+    return xp.sqrt(variance(moments) * share)

@@ -1,0 +1,90 @@
+r"""Noise of the mini-batch gradient, estimated from the examples of one batch.
+
+The sums here are additive over parameters, layers and ranks; ratios of them (noise scale, SNR) are
+formed where they are read, over a window of steps (`gradiometer.stats_core.window`).
+"""
+
+from typing import NamedTuple
+
+from gradiometer.stats_core.arrays import Array, concrete_count, namespace, square_sum, total
+from gradiometer.stats_core.moments import Moments
+
+__all__ = ["NoiseSums", "noise_sums"]
+
+
+class NoiseSums(NamedTuple):
+    r"""Unbiased sums over the elements of one parameter (or of several, added up).
+
+    Attributes:
+        mean_sq_norm: :math:`\|\bar g\|^2`, biased up by ``batch_variance``. Unit: (loss / parameter)².
+        sq_norm_mean: :math:`\sum w_i \|g_i\|^2`. Same unit.
+        variance_trace: :math:`\widehat{\operatorname{tr}} \Sigma`, the examples' variance summed over
+            elements. Same unit.
+        batch_variance: P, the variance of the batch gradient :math:`\bar g` across examples:
+            ``variance_trace`` / n where all weights are 1. Same unit.
+        grad_sq_norm: :math:`|\hat G|^2`, the squared norm of the true gradient: may be negative.
+    """
+
+    mean_sq_norm: Array
+    sq_norm_mean: Array
+    variance_trace: Array
+    batch_variance: Array
+    grad_sq_norm: Array
+
+
+def noise_sums(moments: Moments) -> NoiseSums:
+    r"""The unbiased pair of the noise scale, and the sums it is made of, for one parameter.
+
+    With :math:`s_2 = \sum w_i^2`, :math:`n_i = \|g_i\|^2`:
+
+    .. math::
+        P = \widehat{\operatorname{Var}}(\bar g) = \frac{\sum w_i^2 n_i - s_2 \|\bar g\|^2}{1 - s_2}, \qquad
+        |\hat G|^2 = \|\bar g\|^2 - P, \qquad
+        \widehat{\operatorname{tr}} \Sigma = \frac{\sum M_2}{W} + P
+
+    which is :math:`P = \sum M_2 / (n (n-1))` where all weights are equal; that form is used there, since
+    it does not subtract large numbers. The weighted form holds for examples of unequal covariance, as
+    under a token-mean loss.
+
+    Args:
+        moments: of one parameter. ``sq_norms`` and ``weights`` must be those of all ``count`` examples.
+
+    Returns:
+        Scalars in float64 where the device has it. ``variance_trace``, ``batch_variance`` and
+        ``grad_sq_norm`` are NaN for fewer than two examples, where they do not exist.
+
+    Example:
+        >>> import numpy as np
+        >>> sums = noise_sums(Moments.from_per_example(np.array([[1.0], [3.0], [5.0]])))
+        >>> [round(float(x), 4) for x in (sums.mean_sq_norm, sums.variance_trace, sums.grad_sq_norm)]
+        [9.0, 4.0, 7.6667]
+
+    References:
+        McCandlish et al., "An empirical model of large-batch training", 2018, arXiv 1812.06162, appendix A.1.
+    """
+    xp = namespace(moments.mean)
+    mean_sq_norm = square_sum(moments.mean)
+    deviations = total(moments.m2) / moments.weight_sum
+    weights, sq_norms = moments.weights, moments.sq_norms
+    share = moments.weight_sq_sum / (moments.weight_sum * moments.weight_sum)  # s2
+    equal = abs(share * moments.count - 1.0) < 1e-6
+    plain = deviations * (share / _or_nan(1.0 - share, moments.count))
+    normalised = weights / moments.weight_sum
+    weighted = (total(normalised * normalised * sq_norms) - share * mean_sq_norm) / _or_nan(1.0 - share, moments.count)
+    batch_variance = (plain if equal else weighted) if isinstance(equal, bool) else xp.where(equal, plain, weighted)
+    return NoiseSums(
+        mean_sq_norm=mean_sq_norm,
+        sq_norm_mean=total(normalised * sq_norms),
+        variance_trace=deviations + batch_variance,
+        batch_variance=batch_variance,
+        grad_sq_norm=mean_sq_norm - batch_variance,
+    )
+
+
+def _or_nan(value: Array, count: Array) -> Array:
+    """The value, or NaN where there are fewer than two examples."""
+    known = concrete_count(count)
+    if known is not None:
+        return value if known > 1 else float("nan")
+    xp = namespace(count)
+    return xp.where(count > 1, value, xp.nan)
