@@ -1,0 +1,14 @@
+"""Settings that hold for all tests: derandomised hypothesis, one thread a framework, no publishing unasked."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+for name in [name for name in os.environ if name.startswith("GRADIOMETER_")]:
+    del os.environ[name]
+
+import hypothesis
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("ci")
