@@ -80,7 +80,8 @@ def check_batch(batch: StepBatch, num_layers: int) -> None:
         raise PeerFault("Publish needs steps in ascending order, got a step twice or going back; sort the batch")
     if len(batch.unix_nanos) != steps:
         raise PeerFault(
-            f"Publish needs one time a step, got steps={steps}, unix_nanos={len(batch.unix_nanos)}; send both or neither"
+            f"Publish needs one time a step, got steps={steps}, unix_nanos={len(batch.unix_nanos)}; "
+            "send a time with every step"
         )
     if batch.layer_indices:
         raise PeerFault("Publish needs columns of all layers, got layer_indices; leave it empty")
@@ -98,7 +99,8 @@ def check_batch(batch: StepBatch, num_layers: int) -> None:
     for name, values in batch.scalars.items():
         if not _SCALAR_NAME.fullmatch(name):
             raise PeerFault(
-                f"Publish needs scalar names of letters, digits, '_', '.', '/' and '-', got scalar={name[:140]!r}; rename it"
+                "Publish needs scalar names of letters, digits, '_', '.', '/' and '-', "
+                f"got scalar={name[:140]!r}; rename it"
             )
         _check_length("scalar", name, len(values), steps * SCALAR_DTYPE.itemsize)
     for histogram in batch.histograms:

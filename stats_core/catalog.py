@@ -122,7 +122,7 @@ STATISTICS: tuple[Statistic, ...] = (
         "ratio", "light", ("grad_sq_norm", "batch_variance"), "batch_snr_ratio",
     ),
     Statistic(
-        "variance_ratio", "ρ", "ratio", "Step-to-step variance over the variance across examples; 1: example noise only",
+        "variance_ratio", "ρ", "ratio", "Step-to-step variance over that across examples; 1: example noise only",
         "ΣD/ΣP̃", "ratio", "default", ("step_variance", "step_variance_expected"), "variance_ratio",
     ),
     Statistic(
@@ -165,8 +165,8 @@ SCALARS: tuple[Scalar, ...] = (
         "Squared norm of the gradient the optimizer saw over that of the measured mean; what MaxVA's columns are in",
     ),
     Scalar("clock_steps", "steps", "Steps since the measured step before this one", "clock_steps"),
-    Scalar("overhead_seconds", "seconds", "Time that measuring this step took on the training thread", "overhead_seconds"),
-    Scalar("dropped_steps", "steps", "Measured steps that the publisher has dropped so far in this run", "dropped_steps"),
+    Scalar("overhead_seconds", "seconds", "Time that measuring took on the training thread", "overhead_seconds"),
+    Scalar("dropped_steps", "steps", "Measured steps that the publisher has dropped in this run", "dropped_steps"),
     Scalar("moments_missing", "parameters", "Parameters that a per-example optimizer found no Moments for"),
 )  # fmt: skip
 

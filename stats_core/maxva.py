@@ -214,11 +214,11 @@ def within_variance(moments: Moments, within: Within = "mean") -> Array:
     # Weighted means: M2/W times one number, so that the sum over elements is Var(mean) of statistics of the batch.
     trace = total(full)
     wanted = noise_sums(moments).batch_variance
-    usable = (trace > 0) & (wanted > 0)
-    factor = xp.where(usable, wanted / positive_or_one(trace), xp.zeros_like(trace))
-    # A NaN among the examples stays in its elements: the others take the plain share 1/(n-1).
+    factor = xp.where((trace > 0) & (wanted > 0), wanted / positive_or_one(trace), xp.zeros_like(trace))
+    # A NaN among the examples stays in its elements: the others take the share of equal weights, 1/(n-1).
     share = moments.weight_sq_sum / positive_or_one(moments.weight_sum * moments.weight_sum)
-    factor = xp.where(xp.isfinite(factor), factor, xp.ones_like(factor) * (share / positive_or_one(1.0 - share)))
+    plain = xp.ones_like(trace) * (share / positive_or_one(1.0 - share))
+    factor = xp.where(xp.isfinite(trace) & xp.isfinite(wanted), factor, plain)
     if count is None:
         factor = xp.where(moments.count > 1, factor, xp.zeros_like(factor))
     return full * xp.astype(factor, full.dtype)

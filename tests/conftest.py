@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for name in [name for name in os.environ if name.startswith("GRADIOMETER_")]:
     del os.environ[name]
 
-import hypothesis
+import hypothesis  # noqa: E402 - after the environment is set
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("ci")

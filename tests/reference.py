@@ -84,20 +84,20 @@ def maxva_naive(
     beta_max: float = 0.999,
     beta_min: float = 0.5,
 ) -> dict[str, np.ndarray]:
-    """MaxVA by brute force over coefficients, for scalars or small arrays: U, V, w as the paper writes them."""
+    """MaxVA by brute force: the best of 20,001 weights for each element; U, V and w as the paper writes them."""
     u = np.zeros_like(np.asarray(grads[0], np.float64))
     raw_mean, raw_square, w = u.copy(), u.copy(), u.copy()
-    betas = np.linspace(beta_min, beta_max, 20_001)
     beta = np.full_like(u, beta_max)
     for step, g in enumerate(grads):
         tau2 = np.zeros_like(u) if within is None else within[step]
         if step:
-            grid = betas.reshape(-1, *([1] * u.ndim))
-            new_w = grid * w + (1 - grid)
-            mean = (grid * raw_mean + (1 - grid) * g) / new_w
-            square = (grid * raw_square + (1 - grid) * (g * g + tau2)) / new_w
-            best = np.argmax(square - mean**2 + 1e-15 * grid, axis=0)
-            beta = betas[best]
+            low, high = ((1 - b) / (b * w + 1 - b) for b in (beta_max, beta_min))
+            q = low + (high - low) * np.linspace(0, 1, 20_001).reshape(-1, *([1] * u.ndim))
+            mean = (1 - q) * raw_mean / w + q * g
+            square = (1 - q) * raw_square / w + q * (g * g + tau2)
+            best = np.argmax(square - mean**2, axis=0)
+            q = np.take_along_axis(q, best[None], axis=0)[0]
+            beta = (1 - q) / (1 - q + q * w)
         raw_mean = beta * raw_mean + (1 - beta) * g
         raw_square = beta * raw_square + (1 - beta) * (g * g + tau2)
         w = beta * w + (1 - beta)

@@ -1,0 +1,209 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradiometer.stats_core.moments import Moments, standard_error, variance
+from tests.reference import loop_moments, relative_error
+from tests.strategies import gradient_batches
+
+FRAMEWORKS = {
+    "numpy": lambda grads: grads,
+    "torch": torch.as_tensor,
+    "jax": jnp.asarray,
+}
+
+
+def close(left: Moments, right: Moments, tolerance: float = 1e-9) -> bool:
+    scale = float(np.linalg.norm(left.m2)) or 1.0
+    size = float(np.linalg.norm(left.mean)) or 1.0
+    return (
+        left.count == right.count
+        and float(np.linalg.norm(left.m2 - right.m2)) <= tolerance * scale
+        and float(np.linalg.norm(left.mean - right.mean)) <= tolerance * size
+    )
+
+
+@given(gradient_batches(min_examples=1))
+def test_one_pass_agrees_with_the_float64_loop(grads: np.ndarray) -> None:
+    got, want = Moments.from_per_example(grads), loop_moments(list(grads))
+    assert (got.count, got.weight_sum, got.weight_sq_sum) == (want.count, want.weight_sum, want.weight_sq_sum)
+    assert relative_error(got.mean, want.mean) <= 1e-12
+    assert relative_error(got.sq_norms, want.sq_norms) <= 1e-12
+    if len(grads) > 1:
+        assert relative_error(got.m2, want.m2) <= 1e-12 * want.kappa
+
+
+@given(gradient_batches(), st.integers(0, 10**6))
+def test_weighted_moments_agree_with_the_float64_loop(grads: np.ndarray, seed: int) -> None:
+    weights = np.random.default_rng(seed).uniform(0.1, 5.0, len(grads))
+    got, want = Moments.from_per_example(grads, weights), loop_moments(list(grads), list(weights))
+    assert relative_error(got.mean, want.mean) <= 1e-12
+    assert relative_error(got.m2, want.m2) <= 1e-12 * want.kappa
+    assert got.weight_sq_sum == pytest.approx(want.weight_sq_sum, rel=1e-12)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("ratio", [1e-3, 1.0, 1e2, 1e3, 1e4])
+def test_float32_variance_keeps_its_digits_where_the_mean_is_large(framework: str, ratio: float) -> None:
+    rng = np.random.default_rng(3)
+    grads = (rng.standard_normal((64, 300)) + ratio * rng.choice([-1, 1], 300)).astype(np.float32)
+    got = Moments.from_per_example(FRAMEWORKS[framework](grads))
+    want = loop_moments(list(grads))
+    assert relative_error(np.asarray(got.m2), want.m2) <= 1e-4
+    assert relative_error(np.asarray(got.mean), want.mean) <= 1e-5
+    assert relative_error(np.asarray(got.sq_norms), want.sq_norms) <= 1e-5
+    assert (np.asarray(got.m2) >= 0).all()
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(("ratio", "bound"), [(1e-3, 1e-4), (1e2, 1e-4), (1e3, 1e-4), (1e4, 1e-3)])
+def test_float32_merges_keep_their_digits(framework: str, ratio: float, bound: float) -> None:
+    rng = np.random.default_rng(4)
+    grads = (rng.standard_normal((64, 300)) + ratio).astype(np.float32)
+    merged = None
+    for shard in np.split(grads, 8):
+        part = Moments.from_per_example(FRAMEWORKS[framework](shard))
+        merged = part if merged is None else merged.merge(part)
+    assert merged is not None
+    want = loop_moments(list(grads))
+    assert relative_error(np.asarray(merged.m2), want.m2) <= bound
+    assert relative_error(np.asarray(merged.mean), want.mean) <= 1e-5
+    assert (np.asarray(merged.m2) >= 0).all()
+
+
+@given(gradient_batches(min_examples=3), st.data())
+def test_merging_shards_equals_one_pass_in_any_order(grads: np.ndarray, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(1, len(grads) - 1))
+    whole = Moments.from_per_example(grads)
+    left, right = Moments.from_per_example(grads[:cut]), Moments.from_per_example(grads[cut:])
+    assert close(whole, left.merge(right))
+    assert close(whole, right.merge(left))
+
+
+@given(gradient_batches(min_examples=3))
+def test_merge_is_associative(grads: np.ndarray) -> None:
+    a, b, c = (Moments.from_per_example(part) for part in (grads[:1], grads[1:2], grads[2:]))
+    assert close(a.merge(b).merge(c), a.merge(b.merge(c)))
+
+
+def test_an_empty_side_is_the_identity_of_merge() -> None:
+    moments = Moments.from_per_example(np.array([[1.0, 2.0], [3.0, 5.0]]))
+    zeros = np.zeros(2)
+    empty = Moments(0, 0.0, 0.0, zeros, zeros, np.zeros(0), np.zeros(0))
+    assert close(moments, moments.merge(empty), 0.0)
+    assert close(moments, empty.merge(moments), 0.0)
+    assert empty.merge(empty).count == 0
+
+
+def test_merged_sign_means_are_those_of_all_examples() -> None:
+    def part(grads: np.ndarray) -> Moments:
+        return Moments.from_per_example(grads)._replace(sign_mean=np.sign(grads).mean(0))
+
+    grads = np.array([[1.0], [-2.0], [3.0], [4.0]])
+    assert part(grads[:1]).merge(part(grads[1:])).sign_mean == pytest.approx([0.5])
+    with pytest.raises(ValueError, match="collect both with the same statistics"):
+        part(grads).merge(Moments.from_per_example(grads))
+
+
+@given(gradient_batches(), st.floats(-3, 3))
+def test_variance_is_invariant_under_shift_and_permutation_and_scales_with_the_square(
+    grads: np.ndarray, factor: float
+) -> None:
+    spread = float(np.abs(grads).max())
+    base = variance(Moments.from_per_example(grads))
+    size = float(np.linalg.norm(base)) or 1.0
+    shifted = variance(Moments.from_per_example(grads + spread))
+    assert np.linalg.norm(shifted - base) <= 1e-9 * max(size, spread**2 * 1e-6)
+    permuted = variance(Moments.from_per_example(grads[::-1]))
+    assert np.linalg.norm(permuted - base) <= 1e-9 * size
+    scaled = variance(Moments.from_per_example(grads).scaled(factor))
+    assert np.linalg.norm(scaled - factor**2 * base) <= 1e-9 * size * max(1.0, factor**2)
+
+
+def test_variance_is_unbiased() -> None:
+    # 4,000 batches of 5 from N(0, 9): the mean of s2 has sd 9*sqrt(2/4)/sqrt(4000) = .1006.
+    # Bound 4 sd: false alarm 6e-5.
+    grads = np.random.default_rng(1).normal(0, 3, (4000, 5, 1))
+    found = np.mean([variance(Moments.from_per_example(batch))[0] for batch in grads])
+    assert abs(found - 9.0) < 0.41
+
+
+def test_standard_error_is_the_spread_of_batch_means() -> None:
+    grads = np.random.default_rng(2).normal(0, 2, (3000, 8, 1))
+    errors = [standard_error(Moments.from_per_example(batch))[0] ** 2 for batch in grads]
+    # sd of the mean of s2/8: .5*sqrt(2/7)/sqrt(3000) = .0049. Bound 4 sd: false alarm 6e-5.
+    assert abs(np.mean(errors) - 4.0 / 8) < 0.02
+
+
+def test_equal_gradients_have_exactly_zero_variance() -> None:
+    assert (variance(Moments.from_per_example(np.full((5, 3), 0.375))) == 0).all()
+
+
+def test_one_example_has_no_variance_unless_it_is_the_population() -> None:
+    one = Moments.from_per_example(np.array([[2.0, 3.0]]))
+    assert (variance(one, ddof=0) == 0).all()
+    with pytest.raises(ValueError, match=r"count > ddof, got count=1, ddof=1; collect more examples or lower ddof"):
+        variance(one)
+
+
+def test_a_traced_count_gives_nan_where_a_concrete_one_raises() -> None:
+    moments = Moments.from_per_example(jnp.ones((1, 2)))
+    assert np.isnan(np.asarray(jax.jit(variance)(moments))).all()
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_nan_or_inf_gradient_stays_in_the_elements_it_touches(poison: float) -> None:
+    grads = np.array([[1.0, 2.0], [poison, 4.0], [5.0, 9.0]])
+    with np.errstate(invalid="ignore"):
+        moments = Moments.from_per_example(grads)
+    assert np.isnan(moments.m2[0])
+    assert moments.m2[1] == pytest.approx(26.0)
+    assert np.isfinite(moments.sq_norms).tolist() == [True, False, True]
+
+
+def test_half_precision_accumulates_in_float32() -> None:
+    grads = torch.randn(512, 40, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16) + 1
+    got = Moments.from_per_example(grads)
+    assert got.mean.dtype == got.m2.dtype == got.sq_norms.dtype == torch.float32
+    want = loop_moments([g.double().numpy() for g in grads])
+    assert relative_error(got.m2.numpy(), want.m2) <= 1e-5 * want.kappa
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (4,), (4, 1, 1, 1)])
+def test_odd_shapes_are_taken(shape: tuple[int, ...]) -> None:
+    moments = Moments.from_per_example(np.ones(shape))
+    assert moments.mean.shape == shape[1:]
+    assert moments.sq_norms.shape == (4,)
+
+
+def test_no_example_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least one example .* got grads of shape \(0, 3\)"):
+        Moments.from_per_example(np.zeros((0, 3)))
+    with pytest.raises(ValueError, match="pass gradients of shape"):
+        Moments.from_per_example(np.float64(1.0))
+
+
+def test_a_weight_too_few_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"one weight an example, got weights of shape \(2,\) for batch=3"):
+        Moments.from_per_example(np.zeros((3, 1)), np.ones(2))
+
+
+def test_moments_of_different_parameters_do_not_merge() -> None:
+    with pytest.raises(ValueError, match="merge each parameter with its own"):
+        Moments.from_per_example(np.ones((2, 3))).merge(Moments.from_per_example(np.ones((2, 4))))
+
+
+def test_moments_cross_jit_and_merge_inside_it() -> None:
+    grads = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+
+    @jax.jit
+    def merged(left: jax.Array, right: jax.Array) -> Moments:
+        return Moments.from_per_example(left).merge(Moments.from_per_example(right))
+
+    got = merged(grads[:2], grads[2:])
+    assert relative_error(np.asarray(got.m2), loop_moments(list(grads)).m2) <= 1e-5
+    assert int(got.count) == 6

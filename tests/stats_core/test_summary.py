@@ -1,0 +1,96 @@
+import jax
+import numpy as np
+import pytest
+import torch
+
+from gradiometer.stats_core import catalog, maxva
+from gradiometer.stats_core.maxva import TemporalMoments
+from gradiometer.stats_core.moments import Moments
+from gradiometer.stats_core.noise import noise_sums
+from gradiometer.stats_core.summary import Previous, layer_columns, maxva_sums, parameter_sums, step_sums
+from tests.reference import loop_layer
+
+
+def test_a_layers_columns_agree_with_the_float64_loop() -> None:
+    rng = np.random.default_rng(0)
+    kernel, bias = rng.standard_normal((6, 3, 4)) + 1, rng.standard_normal((6, 4))
+    moments = [Moments.from_per_example(g) for g in (kernel, bias)]
+    parts = [(m, parameter_sums(m), m.mean.size) for m in moments]
+    got = layer_columns(parts, catalog.columns("light"))
+    want = loop_layer([list(kernel), list(bias)])
+    assert set(got) == set(catalog.columns("light"))
+    for name, value in want.items():
+        assert float(got[name]) == pytest.approx(value, rel=1e-10), name
+    assert float(got["nonfinite_examples"]) == 0
+
+
+def test_examples_with_a_nan_anywhere_in_the_layer_are_counted_once() -> None:
+    kernel, bias = np.ones((5, 2)), np.ones((5, 1))
+    kernel[1, 0], bias[1, 0], bias[3, 0] = np.nan, np.inf, np.inf
+    with np.errstate(invalid="ignore"):
+        parts = [(m, parameter_sums(m), 1) for m in map(Moments.from_per_example, (kernel, bias))]
+    assert float(layer_columns(parts, ("nonfinite_examples",))["nonfinite_examples"]) == 2
+
+
+def test_a_column_that_no_parameter_has_is_nan_and_never_zero() -> None:
+    moments = Moments.from_per_example(np.ones((3, 2)))
+    got = layer_columns([(moments, parameter_sums(moments), 2)], catalog.columns("default"))
+    assert np.isnan(float(got["step_variance"]))
+    assert np.isnan(float(got["maxva_beta"]))
+
+
+def test_the_step_to_step_variance_is_absent_on_the_first_step() -> None:
+    moments = Moments.from_per_example(np.ones((3, 2)))
+    sums = step_sums(Previous(np.zeros(2), np.float64("nan")), moments)
+    assert np.isnan([float(v) for v in sums.values()]).all()
+
+
+def test_independent_steps_have_a_variance_ratio_of_one() -> None:
+    # 400 pairs of steps, B = 16, 50 elements: rho has sd about sqrt(3/(2*400*50)) + noise of P; bound 4 sd = .035.
+    rng = np.random.default_rng(1)
+    previous, top, bottom = None, 0.0, 0.0
+    for _ in range(401):
+        moments = Moments.from_per_example(rng.standard_normal((16, 50)) + 3)
+        if previous is not None:
+            sums = step_sums(previous, moments)
+            top, bottom = top + float(sums["step_variance"]), bottom + float(sums["step_variance_expected"])
+        previous = Previous(moments.mean, noise_sums(moments).batch_variance)
+    assert abs(top / bottom - 1) < 0.035
+
+
+def test_maxvas_columns_are_those_of_the_optimizers_own_function() -> None:
+    rng = np.random.default_rng(2)
+    state = TemporalMoments.zeros_like(np.zeros(20))
+    for step in range(5):
+        g, tau2 = rng.standard_normal(20), rng.uniform(0, 1, 20)
+        sums, after = maxva_sums(state, g, tau2, beta_max=0.98)
+        want, q = maxva.update(state, g, tau2, beta_max=0.98)
+        assert (after.s == want.s).all()
+        assert float(sums["temporal_variance"]) == pytest.approx(want.s.sum())
+        if step == 0:
+            assert np.isnan(float(sums["deviation_sq"]))
+        else:
+            assert float(sums["temporal_variance_prior"]) == pytest.approx(state.s.sum())
+            assert float(sums["deviation_sq"]) == pytest.approx(((g - state.u) ** 2).sum())
+            assert float(sums["deviation_share"]) == pytest.approx((maxva.deviation_ratio(state, g) > 1).mean())
+            assert float(sums["maxva_beta"]) == pytest.approx(maxva.maxva_beta(state, q, beta_max=0.98).mean())
+        state = after
+
+
+def test_means_over_a_layer_are_weighted_by_the_parameters_sizes() -> None:
+    moments = Moments.from_per_example(np.ones((2, 1)))
+    parts = [(moments, {"maxva_beta": np.float64(0.5)}, 30), (moments, {"maxva_beta": np.float64(0.9)}, 10)]
+    assert float(layer_columns(parts, ("maxva_beta",))["maxva_beta"]) == pytest.approx(0.6)
+
+
+def test_numpy_torch_and_jitted_jax_give_the_same_columns() -> None:
+    grads = np.random.default_rng(3).standard_normal((7, 5)).astype(np.float32)
+
+    def columns(values: object) -> dict[str, object]:
+        moments = Moments.from_per_example(values)
+        return layer_columns([(moments, parameter_sums(moments), 5)], catalog.columns("light"))
+
+    want = columns(grads)
+    for got in (columns(torch.as_tensor(grads)), jax.jit(columns)(grads)):
+        for name, value in want.items():
+            assert float(got[name]) == pytest.approx(float(value), rel=1e-5), name

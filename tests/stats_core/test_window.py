@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+
+from gradiometer.stats_core.window import across_layers, windowed
+
+
+def test_a_ratio_is_that_of_the_sums_over_the_window() -> None:
+    columns = {
+        "variance_trace": np.array([[2.0, 1.0], [4.0, 1.0]]),
+        "grad_sq_norm": np.array([[1.0, -3.0], [2.0, 1.0]]),
+    }
+    assert windowed("noise_scale", columns).tolist() == [2.0, -1.0]
+
+
+def test_a_step_that_lacks_either_side_takes_no_part() -> None:
+    columns = {
+        "step_variance": np.array([[np.nan], [3.0], [np.inf]], np.float32),
+        "step_variance_expected": np.array([[9.0], [2.0], [1.0]], np.float32),
+    }
+    assert windowed("variance_ratio", columns).tolist() == [1.5]
+
+
+def test_what_no_step_has_is_nan() -> None:
+    absent = np.full((3, 2), np.nan)
+    columns = {"deviation_sq": absent, "temporal_variance_prior": absent, "maxva_beta": absent}
+    assert np.isnan(windowed("deviation_ratio", columns)).all()
+    assert np.isnan(windowed("maxva_beta", columns)).all()
+    assert np.isnan(across_layers("maxva_beta", columns, np.array([1, 1])))
+
+
+def test_a_denominator_of_zero_is_nan_and_no_warning() -> None:
+    columns = {"variance_trace": np.array([[1.0]]), "grad_sq_norm": np.array([[0.0]])}
+    assert np.isnan(windowed("noise_scale", columns)).all()
+
+
+def test_the_models_ratio_adds_layers_before_dividing() -> None:
+    columns = {"variance_trace": np.array([[8.0, 1.0]]), "grad_sq_norm": np.array([[1.0, 2.0]])}
+    assert across_layers("noise_scale", columns, np.array([1, 1])) == 3.0
+
+
+def test_means_are_weighted_by_size_sums_add_and_counts_do_not() -> None:
+    sizes = np.array([30, 10])
+    columns = {
+        "maxva_beta": np.array([[0.5, 0.9]]),
+        "batch_variance": np.array([[1.0, 2.0], [3.0, 4.0]]),
+        "count": np.array([[16.0, 16.0]]),
+    }
+    assert across_layers("maxva_beta", columns, sizes) == pytest.approx(0.6)
+    assert across_layers("batch_variance", columns, sizes) == pytest.approx(5.0)
+    assert across_layers("count", columns, sizes) == 16.0
+
+
+def test_float32_columns_are_summed_in_float64() -> None:
+    columns = {"variance_trace": np.full((4, 1), 3e38, np.float32), "grad_sq_norm": np.full((4, 1), 1e38, np.float32)}
+    assert windowed("noise_scale", columns)[0] == pytest.approx(3.0, rel=1e-6)
+
+
+def test_an_unknown_statistic_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ValueError, match="noise_scale"):
+        windowed("nois_scale", {})
