@@ -15,7 +15,18 @@ Three kinds travel differently:
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["RATIOS", "SCALARS", "STATISTICS", "WIRE", "Scalar", "Statistic", "Tier", "columns", "statistic"]
+__all__ = [
+    "IN_OPTIMIZER_UNITS",
+    "RATIOS",
+    "SCALARS",
+    "STATISTICS",
+    "WIRE",
+    "Scalar",
+    "Statistic",
+    "Tier",
+    "columns",
+    "statistic",
+]
 
 Kind = Literal["sum", "mean", "count", "ratio"]
 Tier = Literal["light", "default", "full"]
@@ -169,6 +180,9 @@ SCALARS: tuple[Scalar, ...] = (
     Scalar("dropped_steps", "steps", "Measured steps that the publisher has dropped in this run", "dropped_steps"),
     Scalar("moments_missing", "parameters", "Parameters that a per-example optimizer found no Moments for"),
 )  # fmt: skip
+
+IN_OPTIMIZER_UNITS = frozenset({"temporal_variance", "temporal_variance_prior", "deviation_sq"})
+"""Sums in the units of the gradient that the optimizer saw, where the temporal state is the optimizer's own."""
 
 _BY_NAME = {row.name: row for row in STATISTICS}
 WIRE: tuple[Statistic, ...] = tuple(row for row in STATISTICS if row.kind != "ratio")

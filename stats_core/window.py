@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradiometer.stats_core.arrays import Array, namespace
-from gradiometer.stats_core.catalog import Statistic, statistic
+from gradiometer.stats_core.catalog import IN_OPTIMIZER_UNITS, Statistic, statistic
 
 __all__ = ["across_layers", "windowed"]
 
 
-def windowed(name: str, columns: Mapping[str, Array]) -> Array:
+def windowed(name: str, columns: Mapping[str, Array], gradient_scale: Array | None = None) -> Array:
     r"""One statistic over a window of steps, for each layer.
 
     A ratio is the sum over steps of its numerator over the sum of its denominator, over the steps where
@@ -22,6 +22,9 @@ def windowed(name: str, columns: Mapping[str, Array]) -> Array:
     Args:
         name: catalogue name.
         columns: travelling columns, shape ``(steps, layers)`` each; those that the statistic needs.
+        gradient_scale: the scalar of that name, shape ``(steps,)``, where the temporal moments are the
+            optimizer's own: measured sums are then shown in the optimizer's units, beside its own. None
+            leaves them as measured. Ratios of two measured sums never change.
 
     Returns:
         Shape ``(layers,)``; NaN where no step has it, or a ratio's denominator is 0.
@@ -38,18 +41,31 @@ def windowed(name: str, columns: Mapping[str, Array]) -> Array:
     """
     row = statistic(name)
     if row.kind == "ratio":
-        top, bottom = _finite_pair(columns[row.needs[0]], columns[row.needs[1]])
+        top, bottom = _finite_pair(*_needed(row, columns, gradient_scale))
         return _ratio(top, bottom)
-    return _finite_mean(columns[name])
+    return _finite_mean(*_needed(row, columns, gradient_scale))
 
 
-def across_layers(name: str, columns: Mapping[str, Array], sizes: Array) -> float:
+def _needed(row: Statistic, columns: Mapping[str, Array], gradient_scale: Array | None) -> list[Array]:
+    """The columns that a statistic is made of, in one unit."""
+    names = row.needs if row.kind == "ratio" else (row.name,)
+    found = [columns[name] for name in names]
+    measured_alone = row.kind == "ratio" and not IN_OPTIMIZER_UNITS & set(names)
+    if gradient_scale is None or row.kind in ("mean", "count") or measured_alone:
+        return found
+    xp = namespace(gradient_scale)
+    factor = xp.where(xp.isfinite(gradient_scale), gradient_scale, xp.ones_like(gradient_scale))[:, None]
+    return [v if name in IN_OPTIMIZER_UNITS else v * factor for name, v in zip(names, found, strict=True)]
+
+
+def across_layers(name: str, columns: Mapping[str, Array], sizes: Array, gradient_scale: Array | None = None) -> float:
     """The same for the whole model: sums are added over layers *before* a ratio is formed.
 
     Args:
         name: catalogue name.
         columns: as `windowed`.
         sizes: number of elements of each layer, shape ``(layers,)``.
+        gradient_scale: as `windowed`.
 
     Returns:
         One number; NaN where it does not exist.
@@ -62,9 +78,9 @@ def across_layers(name: str, columns: Mapping[str, Array], sizes: Array) -> floa
     """
     row: Statistic = statistic(name)
     if row.kind == "ratio":
-        top, bottom = _finite_pair(columns[row.needs[0]], columns[row.needs[1]])
+        top, bottom = _finite_pair(*_needed(row, columns, gradient_scale))
         return float(_ratio(top.reshape(-1, 1), bottom.reshape(-1, 1))[0])
-    layers = _finite_mean(columns[name])
+    layers = _finite_mean(*_needed(row, columns, gradient_scale))
     xp = namespace(layers)
     present = xp.isfinite(layers)
     if not bool(xp.any(present)):

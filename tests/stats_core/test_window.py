@@ -58,3 +58,22 @@ def test_float32_columns_are_summed_in_float64() -> None:
 def test_an_unknown_statistic_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(ValueError, match="noise_scale"):
         windowed("nois_scale", {})
+
+
+def test_measured_sums_are_shown_in_the_optimizers_units_beside_its_own() -> None:
+    columns = {
+        "batch_variance": np.array([[4.0], [8.0]]),
+        "grad_sq_norm": np.array([[2.0], [1.0]]),
+        "temporal_variance": np.array([[3.0], [5.0]]),
+        "deviation_sq": np.array([[1.0], [3.0]]),
+    }
+    scale = np.array([0.25, 0.5])
+    assert windowed("batch_variance", columns, scale).tolist() == [2.5]
+    assert windowed("temporal_variance", columns, scale).tolist() == [4.0]
+    assert windowed("deviation_ratio_measured", columns, scale).tolist() == [4.0 / 5.0]
+    assert windowed("batch_snr", columns, scale).tolist() == [3.0 / 12.0]
+    assert across_layers("batch_variance", columns, np.ones(1), scale) == 2.5
+
+
+def test_a_step_without_a_gradient_scale_is_taken_as_it_was_measured() -> None:
+    assert windowed("batch_variance", {"batch_variance": np.array([[4.0]])}, np.array([np.nan])).tolist() == [4.0]
