@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 PROTOS := $(wildcard protos/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix test-system bench check fmt proto clean
+.PHONY: help setup demo test test-matrix test-system bench check fmt proto docs clean
 
 help: ## what there is to type
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -66,6 +66,9 @@ PROTOC = .tools/grpc/bin/python -m grpc_tools.protoc -Igradiometer/protos=protos
 proto: .tools/grpc/bin/python .tools/stubs/bin/protoc-gen-mypy ## generate the code of protos/ again
 	$(PROTOC) --python_out=$(OUT) --mypy_out=quiet:$(OUT) $(PROTOS)
 	$(PROTOC) --grpc_python_out=$(OUT) --mypy_grpc_out=quiet:$(OUT) protos/ingest.proto protos/query.proto
+
+docs: setup ## write the generated pages of docs/ again
+	$(BIN)/python -m gradiometer.stats_core.glossary > docs/glossary.md
 
 clean: ## remove what make made
 	rm -rf $(VENV) .tools build dist src/*.egg-info

@@ -68,3 +68,8 @@ class StoreError(GradiometerError):
     """The store can't be opened or written: locked, from another version, or damaged."""
 
     status = "FAILED_PRECONDITION"
+
+    def __init__(self, message: str, *, status: str = "FAILED_PRECONDITION") -> None:
+        """Keep the message and the status; one that may be tried again (a full disk) is ``RESOURCE_EXHAUSTED``."""
+        super().__init__(message)
+        self.status = status
