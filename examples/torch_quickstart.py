@@ -13,7 +13,7 @@ model = nn.Sequential(nn.Linear(20, 32), nn.GELU(), nn.Linear(32, 1))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 with gm.attach(model, optimizer, run="torch-quickstart") as collector:
-    for step in range(50):
+    for _ in range(50):
         rows = torch.randint(len(inputs), (32,))
         loss = nn.functional.mse_loss(model(inputs[rows]), targets[rows])
         optimizer.zero_grad()
@@ -24,4 +24,4 @@ with gm.attach(model, optimizer, run="torch-quickstart") as collector:
     print(collector.coverage)
     for name, moments in collector.moments.items():
         noise = noise_sums(moments)
-        print(f"{name:10} variance of the batch gradient {float(noise.batch_variance):.2e} over {moments.count} examples")
+        print(f"{name:10} variance of the mean {float(noise.batch_variance):.2e} over {moments.count} examples")
