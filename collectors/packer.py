@@ -1,0 +1,240 @@
+"""From the ring to encoded batches: the work that the training thread is spared.
+
+Here device arrays are waited for, names are checked, and several steps become one message of columns.
+"""
+
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gradiometer.collectors.outbox import Outbox
+from gradiometer.collectors.ring import Measurement, Ring
+from gradiometer.protos import wire
+from gradiometer.protos.batch_pb2 import Event, StepBatch
+from gradiometer.stats_core.errors import PeerFault
+
+__all__ = ["MAX_BATCH_BYTES", "Packer"]
+
+_log = logging.getLogger("gradiometer")
+
+MAX_BATCH_BYTES = 7 << 19  # 3.5 MiB: servers take 4 MiB at least, and scalars come on top
+_MOST_STEPS = 256
+_TICK = 0.1  # seconds
+_MOST_EVENTS = 1000
+_MOST_EVENT_TEXT = 4096
+
+
+class Packer:
+    """Cuts batches from a ring into an outbox, several times a second, in a thread of its own.
+
+    Args:
+        ring: where measurements come from.
+        outbox: where batches go.
+        names: catalogue names of a measurement's rows, in order.
+        num_layers: layers of each.
+
+    Attributes:
+        dropped: measurements that could not be encoded, or came after publishing had ended.
+    """
+
+    def __init__(self, ring: Ring, outbox: Outbox, names: Sequence[str], num_layers: int) -> None:
+        self.dropped = 0
+        self._refused = False
+        self._ring = ring
+        self._outbox = outbox
+        self._names = tuple(names)
+        self._num_layers = num_layers
+        self._most_steps = max(1, min(_MOST_STEPS, MAX_BATCH_BYTES // (len(self._names) * num_layers * 4)))
+        self._events: deque[tuple[Any, int, str, str]] = deque(maxlen=_MOST_EVENTS)
+        self._complaints: deque[str] = deque(maxlen=16)
+        self._complained: set[str] = set()
+        self._good_names: set[str] = set()
+        self._last: tuple[int, int] | None = None  # step and drops of the last measurement that was packed
+        self._wake = threading.Event()
+        self._finishing = False
+        self._thread = threading.Thread(target=self._work, name="gradiometer-packer", daemon=True)
+
+    def start(self) -> None:
+        """Begin, in a thread."""
+        self._thread.start()
+
+    def hurry(self) -> None:
+        """Ask for the ring to be emptied now: it fills faster than it is looked at."""
+        self._wake.set()
+
+    def finish(self, timeout: float) -> bool:
+        """Pack what is left, then stop; False where that did not end in time."""
+        self._finishing = True
+        self._wake.set()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def refuse(self) -> None:
+        """From now on drop and count: nobody will take the measurements."""
+        self._refused = True
+
+    def complain(self, text: str) -> None:
+        """Have a line logged, once, from a thread that may wait for it."""
+        self._complaints.append(text)
+
+    def event(self, step: Any, unix_nanos: int, kind: str, text: str) -> None:
+        """Send an event with the next batch. Of very many, the last ones are kept."""
+        self._events.append((step, unix_nanos, kind, text))
+
+    def pack(self) -> None:
+        """Empty the ring, as far as the outbox has room."""
+        while self._complaints:
+            text = self._complaints.popleft()
+            if text not in self._complained:
+                self._complained.add(text)
+                _log.warning("%s", text)
+        if self._refused:
+            found = len(self._ring)
+            self.dropped += found
+            self._ring.release(found)
+            self._events.clear()
+        while (len(self._ring) or self._events) and self._outbox.has_room():
+            batch, taken = self._batch()
+            if batch is not None:
+                self._add(batch)
+            self._ring.release(taken)
+        if self._ring.dropped:
+            self.complain(
+                "measurements are dropped, since they come faster than they can be sent or spooled; "
+                "the number is published as dropped_steps"
+            )
+
+    def _work(self) -> None:
+        while True:
+            last_time = self._finishing
+            try:
+                self.pack()
+            except Exception:  # noqa: BLE001 - nothing of this thread may reach the user's job
+                _log.exception("measurements were dropped in a way they should not have been")
+                taken = min(len(self._ring), self._most_steps)
+                self.dropped += taken
+                self._ring.release(taken)
+            if last_time:
+                return
+            self._wake.wait(_TICK)
+            self._wake.clear()
+
+    def _add(self, batch: StepBatch) -> None:
+        try:
+            wire.check_batch(batch, self._num_layers)
+        except PeerFault as fault:  # the server would refuse the run for it
+            self.dropped += len(batch.steps)
+            self.complain(f"a batch was dropped: {fault}")
+            return
+        self._outbox.append(batch.SerializeToString(deterministic=True))
+
+    def _batch(self) -> tuple[StepBatch | None, int]:
+        """The next batch of ascending steps, or None where nothing is in it; and how many measurements it took."""
+        waiting = self._ring.peek(self._most_steps)
+        block = np.full((len(waiting), len(self._names), self._num_layers), np.nan, np.float32)
+        present: set[str] = set()
+        steps: list[int] = []
+        nanos: list[int] = []
+        scalars: list[dict[str, float]] = []
+        taken = 0
+        for place, measurement in enumerate(waiting):
+            step = self._step(measurement)
+            if step is not None and steps and step <= steps[-1]:
+                break  # trained on from an earlier checkpoint: a batch of its own
+            taken += 1
+            try:
+                names = self._fill(block[len(steps)], measurement, place) if step is not None else ()
+            except Exception as error:  # noqa: BLE001 - a deleted buffer, another shape, what not
+                self.dropped += 1
+                self.complain(f"a measurement was dropped: {str(error).splitlines()[0] if str(error) else error!r}")
+                continue
+            if step is None or not names:
+                continue
+            scalars.append(self._scalars(measurement, step))
+            steps.append(step)
+            nanos.append(measurement.unix_nanos)
+            present.update(names)
+            self._last = (step, measurement.dropped)
+        events = self._take_events()
+        if not steps and not events:
+            return None, taken
+        names_of_scalars = sorted({name for row in scalars for name in row})
+        batch = wire.pack_batch(
+            steps,
+            nanos,
+            self._num_layers,
+            {name: block[: len(steps), at] for at, name in enumerate(self._names) if name in present},
+            {name: np.array([row.get(name, math.nan) for row in scalars]) for name in names_of_scalars},
+        )
+        batch.events.extend(events)
+        return batch, taken
+
+    def _step(self, measurement: Measurement) -> int | None:
+        try:
+            step = int(measurement.step)
+        except (TypeError, ValueError):
+            step = -1
+        if 0 <= step < 1 << 64:
+            return step
+        self.dropped += 1
+        self.complain(
+            f"record needs step as a number from 0, got step={measurement.step!r}; the measurement was dropped"
+        )
+        return None
+
+    def _fill(self, row: np.ndarray, measurement: Measurement, place: int) -> Sequence[str]:
+        """Copy a measurement's numbers; the names that it has, none where it was not measured."""
+        if measurement.columns is None:
+            row[:] = self._ring.rows(place)
+            return self._names
+        if float(np.asarray(measurement.examples)) == 0:
+            return ()
+        for name, values in measurement.columns.items():
+            if name in self._names:
+                row[self._names.index(name)] = np.asarray(values)
+            else:
+                self.complain(f"record needs columns of the catalogue's tier, got column={name!r}; it is left out")
+        return [name for name in self._names if name in measurement.columns]
+
+    def _scalars(self, measurement: Measurement, step: int) -> dict[str, float]:
+        found = {"dropped_steps": float(measurement.dropped)}
+        if measurement.examples is not None:
+            found["examples"] = float(np.asarray(measurement.examples))
+            # Where steps were dropped in between, the clock of the temporal moments is not known here.
+            if self._last and self._last[1] == measurement.dropped and step > self._last[0]:
+                found["clock_steps"] = float(step - self._last[0])
+        for name, value in measurement.scalars.items():
+            if value is None or not self._is_good_name(name):
+                continue
+            try:
+                found[name] = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                self.complain(f"record needs scalars that are numbers, got {name}={value!r}; it is left out")
+        return found
+
+    def _is_good_name(self, name: str) -> bool:
+        if name not in self._good_names:
+            probe = StepBatch(steps=[0], unix_nanos=[0], num_layers=self._num_layers, scalars={name: bytes(8)})
+            try:
+                wire.check_batch(probe, self._num_layers)
+            except PeerFault as fault:
+                self.complain(str(fault).replace("Publish needs", "record needs", 1))
+                return False
+            self._good_names.add(name)
+        return True
+
+    def _take_events(self) -> list[Event]:
+        events = []
+        while self._events:
+            step, unix_nanos, kind, text = self._events.popleft()
+            try:
+                at = max(0, int(step))
+                events.append(Event(step=at, unix_nanos=unix_nanos, kind=kind[:128], text=text[:_MOST_EVENT_TEXT]))
+            except (TypeError, ValueError) as error:
+                self.complain(f"event needs kind and text as strings, got kind={kind!r} ({error}); it is left out")
+        return events
