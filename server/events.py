@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Message, Receive, Scope, Send
 
 from gradiometer.server.live import Live, Subscription
-from gradiometer.server.snapshot import chart, numbers
+from gradiometer.server.page import chart, numbers
 from gradiometer.server.view import RunView
 
 __all__ = ["EventStream"]

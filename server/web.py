@@ -29,7 +29,7 @@ from gradiometer.protos.run_pb2 import Run
 from gradiometer.server.events import EventStream
 from gradiometer.server.history import RunHistory
 from gradiometer.server.live import Live
-from gradiometer.server.snapshot import COLUMNS, catalogue, chart, facts, numbers
+from gradiometer.server.page import COLUMNS, catalogue, chart, facts, numbers
 from gradiometer.server.view import RunView
 from gradiometer.stats_core.errors import GradiometerError
 
