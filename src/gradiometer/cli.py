@@ -68,8 +68,7 @@ def serve(
     from gradiometer.server.app import run
     from gradiometer.server.settings import Settings
 
-    given = {"grpc": grpc, "http": http, "data": data, "allow_remote": allow_remote}
-    run(Settings(**{name: value for name, value in given.items() if value is not None}))
+    run(Settings.load(grpc=grpc, http=http, data=data, allow_remote=allow_remote))
 
 
 @app.command()
