@@ -100,9 +100,10 @@ class Moments(NamedTuple):
         def weighted_sum(values: Array) -> Array:
             return xp.sum(values if column is None else column * values, axis=0)
 
-        mean = weighted_sum(grads) / weight_sum
+        divisor = positive_or_one(weight_sum)  # a shard of nothing but padding has no mean: 0, not NaN
+        mean = weighted_sum(grads) / divisor
         centred = grads - mean[None]
-        slip = weighted_sum(centred) / weight_sum  # what rounding left of the mean in the deviations
+        slip = weighted_sum(centred) / divisor  # what rounding left of the mean in the deviations
         m2 = weighted_sum(centred * centred) - weight_sum * slip * slip
         return cls(
             count=batch,
