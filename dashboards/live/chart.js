@@ -1,26 +1,26 @@
 // The comparison chart: three variances of the batch gradient on one logarithmic axis.
 
-import { number } from "./words.js";
+import { tick } from "./words.js";
 
 const SERIES = ["batch_variance", "step_variance", "temporal_variance"];
+// Steps are whole numbers.
+const WHOLE = Array.from({ length: 31 }, (_, at) => [1, 2, 5][at % 3] * 10 ** Math.floor(at / 3));
 const COLOURS = { batch_variance: "--examples", step_variance: "--steps", temporal_variance: "--maxva" };
 
-// 1, 2, 5 times powers of ten where the axis spans decades; round numbers where it does not.
-function ticks(low, high) {
-  const found = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) {
-    for (const digit of [1, 2, 5]) {
-      const tick = Number((digit * 10 ** power).toPrecision(1));
-      if (tick >= low && tick <= high) found.push(tick);
+// Powers of ten where the axis spans many decades, finer marks where it spans few, evenly spaced where it is short.
+export function ticks(low, high) {
+  for (const digits of [[1], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 7]]) {
+    const found = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power += 1) {
+      found.push(...digits.map((digit) => Number((digit * 10 ** power).toPrecision(2))));
     }
+    const within = found.filter((value) => value >= low && value <= high);
+    if (within.length >= 4) return within;
   }
-  if (found.length > 9) return found.filter((tick) => String(tick.toExponential()).startsWith("1e"));
-  if (found.length >= 3) return found;
   const rough = (high - low) / 4;
-  const step = [1, 2, 5, 10].map((m) => m * 10 ** Math.floor(Math.log10(rough))).find((size) => size >= rough);
-  const round = [];
-  for (let tick = Math.ceil(low / step) * step; tick <= high; tick += step) round.push(Number(tick.toPrecision(6)));
-  return round;
+  const step = [1, 2, 5, 10].map((digit) => digit * 10 ** Math.floor(Math.log10(rough))).find((size) => size >= rough);
+  const first = Math.ceil(low / step);
+  return Array.from({ length: Math.floor(high / step) - first + 1 }, (_, at) => Number(((first + at) * step).toPrecision(6)));
 }
 
 export class Chart {
@@ -108,6 +108,7 @@ export class Chart {
       width: this.element.clientWidth,
       height: this.element.clientHeight,
       padding: [10, 14, 0, 0],
+      pxAlign: 0,
       legend: { show: false },
       cursor: { drag: { x: false, y: false }, points: { size: 7 }, y: false },
       scales: {
@@ -115,8 +116,8 @@ export class Chart {
         y: { distr: 3, log: 10, range: (_, low, high) => (low > 0 ? [low / 1.25, high * 1.25] : [0.1, 1]) },
       },
       axes: [
-        { ...axis, grid: { show: false }, space: 70, size: 44, label: "step", labelFont: font, labelSize: 16, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6], values: (_, at) => at.map((step) => step.toLocaleString("en")) },
-        { ...axis, size: 58, splits: (_, __, low, high) => ticks(low, high), filter: (_, splits) => splits, values: (_, at) => at.map((value) => number(value, 3)) },
+        { ...axis, grid: { show: false }, space: 70, size: 28, gap: 4, label: "step", labelFont: font, labelSize: 18, labelGap: 0, incrs: WHOLE, values: (_, at) => at.map((step) => step.toLocaleString("en")) },
+        { ...axis, size: 58, splits: (_, __, low, high) => ticks(low, high), filter: (_, splits) => splits, values: (_, at) => at.map(tick) },
       ],
       series: [{}, ...series],
       hooks: { setCursor: [(plot) => this.point(plot.cursor.idx)] },

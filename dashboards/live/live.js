@@ -2,7 +2,7 @@
 
 import { Chart } from "./chart.js";
 import { Table } from "./table.js";
-import { count, duration, meaningOfRho, number, statistic } from "./words.js";
+import { count, duration, meaningOfRho, number, quantity, statistic } from "./words.js";
 
 const READINGS = { batch_snr: "SNR", noise_scale: "Noise scale, examples", deviation_ratio: "R_t", maxva_beta: "β_t" };
 const POLL = 3000;
@@ -77,6 +77,7 @@ function picker() {
   const focused = [...nav.children].indexOf(document.activeElement);
   nav.replaceChildren(...buttons);
   nav.children[focused]?.focus();
+  nav.querySelector("[aria-current=true]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
 }
 
 // ---- where the numbers come from
@@ -167,7 +168,7 @@ function facts() {
   const entries = [
     ["Step", count(numbers.step)],
     ["Loss", number(loss?.value ?? null, 4), loss && loss.step !== numbers.step ? `at step ${count(loss.step)}` : ""],
-    ["Examples per second", number(numbers.examples_per_second), numbers.examples ? `${number(numbers.examples)} a batch` : ""],
+    ["Examples per second", number(numbers.examples_per_second), numbers.examples ? `${quantity(numbers.examples)} a batch` : ""],
     ["Framework", `${run.framework} ${run.framework_version}`, `${run.engine} engine`],
     ["Optimizer", run.optimizer || "unknown"],
   ].map(([name, value, note]) => fact(name, value, note));
@@ -214,8 +215,9 @@ function legend(point) {
   }
   if (!state.numbers) return;
   const units = state.facts.temporal === "optimizer" ? ", of the gradient as the optimizer saw it" : "";
-  const window = `Mean over ${state.numbers.window_steps} measured steps`;
-  at("chart-note").textContent = point ? `At step ${count(point.step)}` : `${window}, in (loss/parameter)²${units}`;
+  const steps = state.numbers.window_steps;
+  const window = steps > 1 ? `Mean over the last ${steps} measured steps, in` : "In";
+  at("chart-note").textContent = point ? `At step ${count(point.step)}` : `${window} (loss/parameter)²${units}`;
 }
 
 // The numbers of the chosen layer, or of the whole model.
@@ -244,8 +246,10 @@ function reading() {
     return row;
   }));
   const { num_layers: all, layers } = state.facts;
+  const steps = state.numbers.window_steps;
   const part = layers.name.length < all ? `The first ${layers.name.length} of ${all} layers. ` : "";
-  at("layers-note").textContent = `${part}Over the last ${state.numbers.window_steps} measured steps; ratios are of sums. Choose a row to chart it.`;
+  const window = steps > 1 ? `Over the last ${steps} measured steps; ratios are of sums. ` : "";
+  at("layers-note").textContent = `${part}${window}Choose a row to chart it.`;
 }
 
 function status(text, kind) {
@@ -259,7 +263,7 @@ function tick() {
   const silent = (performance.now() - state.data) / 1000;
   if (state.numbers.step === null) status("Waiting for the first step", "");
   else if (silent < SILENT) status("Training", "live");
-  else status(`No new step for ${duration(silent)}`, "");
+  else status(silent < 60 ? `No new step for ${duration(silent)}` : `Last step ${duration(silent)} ago`, "");
 }
 
 // ---- explanations, in the catalogue's words

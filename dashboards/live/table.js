@@ -1,6 +1,6 @@
 // The layer table: one row a layer, sortable, each row a choice of what the chart shows.
 
-import { NONE, count, number, statistic } from "./words.js";
+import { NONE, count, statistic } from "./words.js";
 
 const HEADINGS = {
   batch_variance: "variance across\nexamples, P",
@@ -70,8 +70,8 @@ export class Table {
       button.title = title;
       head.append(button);
       row.append(head, ...["kind", "num_params", ...COLUMNS].map(() => document.createElement("td")));
-      row.cells[1].textContent = kind || NONE;
-      row.cells[1].className = kind ? "kind" : "none";
+      row.cells[1].textContent = kind;
+      row.cells[1].className = "kind";
       row.cells[2].textContent = count(size);
       row.addEventListener("click", () => this.onChoose(name));
       return { name, kind, num_params: size, row, head, values: {} };
@@ -112,7 +112,7 @@ export class Table {
         flag.className = "flag";
         entry.head.append(flag);
       }
-      flag.textContent = `NaN or ∞ in ${number(broken)} ${broken === 1 ? "example" : "examples"}`;
+      flag.textContent = `NaN or ∞ in ${count(broken)} ${broken === 1 ? "example" : "examples"}`;
     });
   }
 

@@ -5,9 +5,18 @@ export const NONE = "–";
 export function number(value, digits = 3) {
   if (value === null || value === undefined) return NONE;
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(digits - 2).replace("e+", "e");
-  if (size >= 1000) return Math.round(value).toLocaleString("en");
-  return String(Number(value.toPrecision(digits)));
+  let text;
+  if (size === 0) text = "0";
+  else if (size < 1e-3 || size >= 1e6) text = value.toExponential(digits - 1).replace("e+", "e");
+  else if (size >= 10 ** digits) text = Math.round(value).toLocaleString("en");
+  else text = value.toPrecision(digits);
+  return text.replaceAll("-", "−");
+}
+
+// For an axis, where trailing zeros say nothing.
+export function tick(value) {
+  return Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6
+    ? value.toExponential().replace("e+", "e").replaceAll("-", "−") : value.toLocaleString("en", { maximumSignificantDigits: 4 });
 }
 
 // A noise scale at or below 0 says that the signal can't be told from 0.
@@ -18,6 +27,11 @@ export function statistic(name, value) {
 
 export function count(value) {
   return value === null || value === undefined ? NONE : value.toLocaleString("en");
+}
+
+// A number of things: whole where it is whole.
+export function quantity(value) {
+  return Number.isInteger(value) ? count(value) : number(value);
 }
 
 export function duration(seconds) {
