@@ -69,9 +69,9 @@ class RunHistory:
                 {name: float(values[place]) for name, values in scalars.items()},
             )
             if self._take(row):
-                self._received += 1
                 if self._received % self._stride == 0:
                     self._remember()
+                self._received += 1
         self._events.extend(batch.events)
         if batch.HasField("coverage"):
             run = Run()

@@ -1,4 +1,4 @@
-"""What the tests of the server's HTTP side share: a made-up run, a store in memory, and a real server on a free port."""
+"""What the tests of the HTTP side share: a made-up run, a store in memory, and a real server on a free port."""
 
 import asyncio
 import contextlib

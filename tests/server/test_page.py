@@ -1,0 +1,84 @@
+import json
+
+import numpy as np
+
+from gradiometer.protos import wire
+from gradiometer.server.history import RunHistory
+from gradiometer.server.page import COLUMNS, SHOWN, catalogue, chart, facts, numbers, rounded
+from gradiometer.server.view import COMPARED
+from gradiometer.stats_core import catalog
+from tests.webserver import make_batch, make_run
+
+
+def view_with(*batches, layers=3, **run):
+    history = RunHistory(make_run(layers=layers, **run))
+    for batch in batches:
+        history.append(batch)
+    return history.view()
+
+
+def test_numbers_that_do_not_exist_are_null_and_zero_is_zero():
+    assert rounded([float("nan"), float("inf"), -float("inf"), 0.0]) == [None, None, None, 0.0]
+
+
+def test_numbers_keep_five_digits():
+    assert rounded([1.23456789e-30, 123456.789, -0.00012]) == [1.2346e-30, 123460.0, -0.00012]
+
+
+def test_whatever_arrives_the_answer_is_json():
+    wild = [[np.nan, np.inf, -np.inf]]
+    columns = {name: np.array(wild) for name in catalog.columns("default")}
+    batch = wire.pack_batch([0], [0], 3, columns, {"loss": np.array([np.nan]), "mine": np.array([np.inf])})
+    view = view_with(batch)
+    text = json.dumps({**facts(view.run), **numbers(view), "points": chart(view.points)}, allow_nan=False)
+    assert json.loads(text)["model"]["batch_variance"] is None
+
+
+def test_a_run_without_steps_has_facts_and_no_numbers():
+    found = numbers(view_with())
+    assert found["step"] is None
+    assert found["point"] is None
+    assert set(found["model"].values()) == {None}
+
+
+def test_the_numbers_are_those_of_the_view():
+    view = view_with(make_batch([0, 1, 2]))
+    found = numbers(view)
+    assert set(found["model"]) == set(found["table"]) == {*COMPARED, *SHOWN}
+    assert found["table"]["noise_scale"] == rounded(view.layers("noise_scale"))
+    assert found["scalars"]["loss"] == {"value": 2.5, "step": 2}
+    assert found["coverage"]["uncovered"] == [
+        {"parameter": "rnn.weight_hh", "num_params": 5, "reason": "LSTM has no per-example sampler"}
+    ]
+
+
+def test_a_noise_scale_below_zero_keeps_its_sign_for_the_page_to_tell():
+    batch = wire.pack_batch([0], [0], 1, {"variance_trace": np.array([[1.0]]), "grad_sq_norm": np.array([[-2.0]])}, {})
+    assert numbers(view_with(batch, layers=1))["table"]["noise_scale"] == [-0.5]
+
+
+def test_the_chart_shows_the_model_or_one_layer():
+    view = view_with(make_batch([0, 1]))
+    model, layer = chart(view.points), chart(view.points, 1)
+    assert model["step"] == layer["step"] == [0, 1]
+    assert model["batch_variance"][-1] == rounded([view.compared_model("batch_variance")])[0]
+    assert layer["batch_variance"][-1] == rounded([view.compared_layers("batch_variance")[1]])[0]
+
+
+def test_a_model_of_many_layers_shows_the_first_thousand_and_says_so():
+    view = view_with(make_batch([0], layers=1500), layers=1500)
+    assert len(numbers(view)["table"]["batch_variance"]) == len(facts(view.run)["layers"]["name"]) == 1000
+    assert facts(view.run)["num_layers"] == 1500
+
+
+def test_the_page_explains_in_the_catalogues_words():
+    told = catalogue()["statistics"]
+    assert set(told) == {row.name for row in catalog.STATISTICS}
+    assert told["variance_ratio"]["help"] == catalog.statistic("variance_ratio").help
+
+
+def test_the_columns_behind_the_page_are_enough_to_form_it():
+    batch = make_batch([0, 1])
+    arrays = wire.column_arrays(batch)
+    few = wire.pack_batch([0, 1], batch.unix_nanos, 3, {name: arrays[name] for name in COLUMNS}, {})
+    assert numbers(view_with(few))["table"] == numbers(view_with(batch))["table"]
