@@ -1,0 +1,379 @@
+r"""The Opacus engine: from one forward and backward pass to the Moments of every parameter.
+
+How it works. A forward hook on each module with a sampler keeps the module's input and puts a hook on its
+*output tensor*; in the backward pass that hook gets the output's gradient, calls the sampler, and reduces the
+per-example gradients to Moments as soon as every use of the parameter has been seen. A callback of autograd at
+the end of the backward pass closes the account. No node is added to the user's graph and no value in it is
+changed, so that the user's loss and gradients stay what they were, bit for bit; nothing raises out of a hook.
+
+Moments leave the engine in *pass units*: gradients of the pass's own loss with its reduction undone, so of
+:math:`\ell_i` up to one factor that only the whole step knows (`gradiometer.collectors.torch_step`).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradiometer.collectors.torch_samplers import Plan
+from gradiometer.stats_core.arrays import widened
+from gradiometer.stats_core.moments import Moments
+
+__all__ = ["Call", "Engine", "LossReduction", "Pass", "Verifier", "guarded", "in_backward"]
+
+LossReduction = Literal["mean", "sum", "weighted"]
+
+
+def in_backward() -> bool:
+    """True inside a backward pass, as when a checkpointed block is computed again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def guarded(device: torch.device) -> Any:
+    """No gradients and no autocast, whatever the user's code around a hook has switched on."""
+    stack = torch.no_grad()
+    if torch.is_autocast_enabled(device.type):
+        return _Both(stack, torch.autocast(device.type, enabled=False))
+    return stack
+
+
+class _Both:
+    """Two contexts as one; cheaper than an ExitStack in a hook."""
+
+    def __init__(self, outer: Any, inner: Any) -> None:
+        self._outer, self._inner = outer, inner
+
+    def __enter__(self) -> None:
+        self._outer.__enter__()
+        self._inner.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._inner.__exit__(*error)
+        self._outer.__exit__(*error)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module in a measured forward pass.
+
+    Attributes:
+        module: the module.
+        input: its input, detached; given up once it was used.
+        version: of the input's storage, to notice a change in place.
+        shape: of the output.
+    """
+
+    module: nn.Module
+    input: Tensor | None
+    version: int
+    shape: torch.Size
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass of the model and the backward pass through it.
+
+    Attributes:
+        batch: examples.
+        measured: False where it is only counted.
+        weights: raw weights of the examples, shape ``(batch,)``, or None.
+        inputs: address and shape of the tensors that the model was given.
+        calls: of modules with a sampler, in order.
+        last_output: of the last of them; kept during the forward pass only.
+        half: True where a module computed in half precision.
+        moments: parameter → Moments in pass units; complete when the backward pass is over.
+        missing: parameter → why it has none.
+    """
+
+    batch: int
+    measured: bool
+    weights: Tensor | None = None
+    inputs: frozenset[tuple[int, torch.Size]] = frozenset()
+    calls: list[Call] = field(default_factory=list)
+    last_output: Tensor | None = None
+    half: bool = False
+    moments: dict[nn.Parameter, Moments] = field(default_factory=dict)
+    missing: dict[nn.Parameter, str] = field(default_factory=dict)
+    _left: dict[nn.Parameter, int] = field(default_factory=dict)
+    _partial: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    _task: int | None = None
+    _given_up: bool = False
+
+
+class Verifier(Protocol):
+    """Who decides whether a module's leading axis is the batch (`gradiometer.collectors.torch_check`)."""
+
+    def before_backward(self, done: Pass, outputs: list[Tensor]) -> None:
+        """Called when the forward pass is complete; marks in ``missing`` what must not be measured.
+
+        Args:
+            done: the pass.
+            outputs: the tensors that the model returned and that have a history.
+        """
+        ...
+
+    def probing(self, call: Call, grad: Tensor) -> bool:
+        """True where the gradient belongs to a probe of its own and to no backward pass of the user."""
+        ...
+
+    def after_backward(self, done: Pass) -> None:
+        """Called when the Moments of the pass are complete."""
+        ...
+
+
+class Engine:
+    """Hooks on the user's own model.
+
+    Args:
+        plan: what can be measured.
+        loss_reduction: what the loss does with the examples of a pass.
+        verifier: checks axes and sums at first sight.
+        on_done: called with each pass when its backward pass is over.
+        on_spoilt: called with a reason where a step can't be measured as a whole.
+        on_error: called with an exception that was kept from the user.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        loss_reduction: LossReduction,
+        verifier: Verifier,
+        on_done: Callable[[Pass], None],
+        on_spoilt: Callable[[str], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        self._plan = plan
+        self._loss_reduction = loss_reduction
+        self._verifier = verifier
+        self._on_done = on_done
+        self._on_spoilt = on_spoilt
+        self._on_error = on_error
+        self._current: Pass | None = None
+        self._task: int | None = None  # the backward pass seen last
+        self._handles: list[Any] = []
+        self.seconds = 0.0
+        """Time that the hooks have taken on the training thread, since it was last set to 0."""
+
+    def install(self) -> None:
+        """Put a forward hook on every module with a sampler."""
+        for module in self._plan.rules:
+            self._handles.append(module.register_forward_hook(self._capture, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hooks off; a pass that is under way is forgotten."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._current = None
+
+    def begin(self, started: Pass) -> None:
+        """A forward pass of the model begins."""
+        self._current = started
+
+    def forward_failed(self) -> None:
+        """The forward pass ended in an exception of the user's."""
+        if self._current is not None:
+            self._current.last_output = None
+        self._current = None
+
+    def forward_done(self, outputs: list[Tensor]) -> None:
+        """The forward pass is over; ``outputs`` are the tensors that it returned."""
+        done, self._current = self._current, None
+        if done is None:
+            return
+        grown = [tensor for tensor in outputs if tensor.requires_grad and tensor.grad_fn is not None]
+        for tensor in grown:
+            _below(tensor).register_hook(partial(self._reached, done))
+        if done.measured:
+            started = time.perf_counter()
+            self._verifier.before_backward(done, grown)
+            done.last_output = None
+            self.seconds += time.perf_counter() - started
+
+    def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        done = self._current
+        if done is None or not done.measured or in_backward():
+            return
+        try:
+            self._note_call(done, module, args[0] if args else kwargs.get("input"), output)
+        except Exception as error:  # noqa: BLE001 - nothing of ours may reach the user's forward pass
+            self._on_error(error)
+
+    def _note_call(self, done: Pass, module: nn.Module, given: Any, output: Any) -> None:
+        reason = self._unusable(module, given, output, done.batch)
+        parameters = list(self._plan.parameters_of(module))
+        if reason:
+            done.missing.update(dict.fromkeys(parameters, reason))
+            return
+        if not output.requires_grad:
+            return
+        call = Call(module, given.detach(), given._version, output.shape)
+        done.calls.append(call)
+        done.last_output = output
+        for parameter in parameters:
+            done._left[parameter] = done._left.get(parameter, 0) + 1
+        _below(output).register_hook(partial(self._received, done, call))
+
+    def _unusable(self, module: nn.Module, given: Any, output: Any, batch: int) -> str | None:
+        """Why this call can't be measured, or None."""
+        rule = self._plan.rules[module]
+        if not torch.is_grad_enabled():
+            return "its forward pass ran without gradients, as inside a reentrant checkpoint"
+        if not module.training:
+            return "its module is in eval mode while the model trains; call train() on it or freeze it"
+        if _under_saved_tensor_hooks():
+            return "it runs inside an activation checkpoint, whose point is to keep no activations"
+        if not isinstance(given, Tensor) or not isinstance(output, Tensor) or given.is_inference():
+            return "its module was not given a plain tensor"
+        if given.ndim < rule.min_ndim or given.shape[0] != batch or output.shape[0] != batch:
+            return (
+                f"its input of shape {tuple(given.shape)} does not carry the batch of {batch} on its leading axis; "
+                "give the module one row an example"
+            )
+        return None
+
+    def _reached(self, done: Pass, _grad: Tensor) -> None:
+        """The backward pass has come to the model's output."""
+        try:
+            if not self._verifier.probing(_NO_CALL, _grad):
+                self._start(done)
+        except Exception as error:  # noqa: BLE001
+            self._on_error(error)
+
+    def _start(self, done: Pass) -> bool:
+        """Note that a backward pass goes through this forward pass; False where that spoils the step."""
+        if done._given_up or not self._handles:
+            return False
+        task = torch._C._current_graph_task_id()
+        if done._task is None:
+            if self._task == task:  # another forward pass has had it
+                reason = "one backward pass went through two forward passes of the model"
+                return self._give_up(done, reason) if done.measured else False
+            done._task = self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._finished, done))
+        elif done._task != task and done.measured:
+            return self._give_up(done, "two backward passes went through one forward pass of the model")
+        return True
+
+    def _give_up(self, done: Pass, reason: str) -> bool:
+        done._given_up = True
+        done._partial.clear()
+        done.moments.clear()
+        self._on_spoilt(reason)
+        return False
+
+    def _received(self, done: Pass, call: Call, grad: Tensor) -> None:
+        try:
+            if self._verifier.probing(call, grad) or not self._start(done):
+                return
+            started = time.perf_counter()
+            with guarded(grad.device):
+                self._sample(done, call, grad.detach())
+            self.seconds += time.perf_counter() - started
+        except Exception as error:  # noqa: BLE001
+            self._on_error(error)
+
+    def _sample(self, done: Pass, call: Call, grad: Tensor) -> None:
+        given, call.input = call.input, None
+        parameters = [p for p in self._plan.parameters_of(call.module) if p not in done.missing]
+        if not parameters or given is None:
+            return
+        if given._version != call.version:
+            done.missing.update(dict.fromkeys(parameters, "its module's input was changed in place after its use"))
+            return
+        try:
+            samples = self._plan.rules[call.module].sample(
+                call.module, [_as_computed(given, grad)], self._without_reduction(grad.reshape(call.shape), done)
+            )
+            for parameter in parameters:
+                self._add(done, parameter, samples[parameter])
+        except Exception as error:  # noqa: BLE001
+            done.missing.update(dict.fromkeys(parameters, f"its sampler failed: {type(error).__name__}: {error}"))
+
+    def _without_reduction(self, grad: Tensor, done: Pass) -> Tensor:
+        """The output's gradient in float32 or wider, as it would be of each example's own loss, up to one factor."""
+        done.half = done.half or grad.dtype in (torch.float16, torch.bfloat16)
+        grad = widened(grad)
+        if self._loss_reduction == "mean":
+            return grad * float(done.batch)
+        if done.weights is None:
+            return grad
+        # An example of weight 0 has left no gradient behind: it stays 0 and counts with weight 0.
+        factor = torch.where(done.weights == 0, 0.0, 1.0 / done.weights).to(grad.dtype)
+        return grad * factor.reshape(-1, *([1] * (grad.ndim - 1)))
+
+    def _add(self, done: Pass, parameter: nn.Parameter, samples: Tensor) -> None:
+        known = done._partial.pop(parameter, None)
+        # Never in place: a sampler may return the user's own gradient.
+        total = samples if known is None else known + samples
+        done._left[parameter] -= 1
+        if done._left[parameter] > 0:
+            done._partial[parameter] = total
+        else:
+            done.moments[parameter] = Moments.from_per_example(total, done.weights)
+
+    def _finished(self, done: Pass) -> None:
+        """End of the backward pass: what is still open never got a gradient, and adds nothing."""
+        try:
+            if done._given_up:
+                return
+            with torch.no_grad():
+                if done.measured:
+                    started = time.perf_counter()
+                    self._complete(done)
+                    self.seconds += time.perf_counter() - started
+                self._on_done(done)
+        except Exception as error:  # noqa: BLE001
+            self._on_error(error)
+
+    def _complete(self, done: Pass) -> None:
+        for parameter, samples in done._partial.items():
+            if parameter not in done.missing:
+                done.moments[parameter] = Moments.from_per_example(samples, done.weights)
+        done._partial.clear()
+        done.calls.clear()
+        for parameter in self._plan.names:
+            if parameter in done.missing:
+                done.moments.pop(parameter, None)
+            elif parameter in self._plan.refused:
+                done.missing[parameter] = self._plan.refused[parameter]
+            elif parameter not in done.moments:
+                done.missing[parameter] = (
+                    "no gradient came back to its module's output"
+                    if parameter in done._left
+                    else "its module was not called in the forward pass; a weight used by function is not seen"
+                )
+        self._verifier.after_backward(done)
+
+
+_NO_CALL = Call(nn.Identity(), None, 0, torch.Size())
+
+
+def _below(output: Tensor) -> Tensor:
+    """The tensor to hook: an operation in place gives a view a new history, only what lies below keeps the old one."""
+    base = output._base if output._is_view() else None
+    if base is not None and base.requires_grad and base.grad_fn is not None and base.numel() == output.numel():
+        return base
+    return output
+
+
+def _under_saved_tensor_hooks() -> bool:
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(False) is not None
+
+
+def _as_computed(given: Tensor, grad: Tensor) -> Tensor:
+    """The input as the module computed with it (autocast rounds it to the output's type), in float32 or wider."""
+    if not given.is_floating_point():
+        return given
+    if given.dtype != grad.dtype and grad.dtype in (torch.float16, torch.bfloat16):
+        given = given.to(grad.dtype)
+    result: Tensor = widened(given)
+    return result

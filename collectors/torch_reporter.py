@@ -1,0 +1,121 @@
+"""From a collector to its publisher: registers the run, keeps what the user logs, hands closed steps over."""
+
+import logging
+import os
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradiometer.collectors.endpoint import OFF, resolve
+from gradiometer.collectors.publisher import Publisher
+from gradiometer.collectors.torch_rows import HostRows, StepNumbers
+from gradiometer.protos.run_pb2 import Run
+
+__all__ = ["Reporter"]
+
+_log = logging.getLogger("gradiometer")
+
+_EVENTS = 256  # kept until the run is registered
+
+
+class Reporter:
+    """Publishes closed steps, one behind: what is logged until the next forward pass still belongs to them.
+
+    The publisher is opened with the first step, when it is known what can be measured.
+
+    Args:
+        run: complete but for its layers and coverage.
+        endpoint: as `Publisher`; "off" publishes nothing.
+        device: where the numbers are.
+    """
+
+    def __init__(self, run: Run, endpoint: str | None, device: torch.device) -> None:
+        self.run = run
+        self._endpoint = OFF if resolve(endpoint, os.environ) is None else endpoint
+        self._device = device
+        self._publisher: Publisher | None = None
+        self._rows: HostRows | None = None
+        self._closed: StepNumbers | None = None
+        self._logged: dict[str, Any] = {}
+        self._events: deque[tuple[str, str]] = deque(maxlen=_EVENTS)
+
+    @property
+    def is_wanted(self) -> bool:
+        """False where nothing is published, so that nobody reads a step's numbers."""
+        return self._endpoint != OFF
+
+    @property
+    def is_open(self) -> bool:
+        """True once the run is registered: from then on its layers are fixed."""
+        return self._publisher is not None
+
+    @property
+    def dropped(self) -> int:
+        """Measured steps that were dropped so far, here and by the publisher."""
+        copies = 0 if self._rows is None else self._rows.dropped
+        return copies + (0 if self._publisher is None else self._publisher.dropped)
+
+    def open(self, cells: int) -> None:
+        """Register the run as ``run`` now says.
+
+        Args:
+            cells: columns times layers of a step.
+        """
+        self._rows = HostRows(cells, self._device)
+        self._publisher = Publisher.open(self.run, self._endpoint)
+        while self._events:
+            self._publisher.event(*self._events.popleft())
+
+    def event(self, kind: str, text: str) -> None:
+        """Something happened at the current step."""
+        if self._publisher is None:
+            self._events.append((kind, text))
+        else:
+            self._publisher.event(kind, text)
+
+    def log(self, scalars: dict[str, Any]) -> None:
+        """Numbers of the step that is open, or else of the one that closed last."""
+        kept = {name: value for name, value in scalars.items() if _is_number(name, value)}
+        (self._logged if self._closed is None else self._closed.scalars).update(kept)
+
+    def close_step(self, numbers: StepNumbers) -> None:
+        """A measured step is over; it is handed over when the next one begins."""
+        numbers.scalars.update(self._logged)
+        self._logged = {}
+        self._closed = numbers
+
+    def next_step(self) -> None:
+        """A step begins: hand the closed one over. What was logged for a step that was not measured goes."""
+        self.hand_over()
+        self._logged = {}
+
+    def hand_over(self, *, wait: bool = False) -> None:
+        """Start the copy of the closed step, and give the publisher what has arrived."""
+        if self._rows is None or self._publisher is None:
+            return
+        closed, self._closed = self._closed, None
+        if closed is not None:
+            self._rows.send(closed)
+        for arrived in self._rows.arrived(wait=wait):
+            self._publisher.record_rows(arrived.step, arrived.rows, arrived.scalars, arrived.unix_nanos)
+
+    def close(self) -> None:
+        """Hand over what is left and close the publisher."""
+        self.hand_over(wait=True)
+        if self._publisher is not None:
+            self._publisher.close()
+
+
+def _is_number(name: str, value: Any) -> bool:
+    """True for a number or a tensor of one element; anything else is said and left out: a step is never broken."""
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex():
+            return True
+    elif value is None:
+        return False
+    elif isinstance(value, int | float) or hasattr(value, "__float__"):
+        return True
+    _log.warning("collector.log takes numbers and one-element tensors; %s of type %s is left out", name, type(value))
+    return False
