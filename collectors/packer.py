@@ -1,4 +1,4 @@
-"""From the ring to encoded batches: the work that the training thread is spared.
+"""From slots to encoded batches: the work that the training thread is spared.
 
 Here device arrays are waited for, names are checked, and several steps become one message of columns.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gradiometer.collectors.outbox import Outbox
-from gradiometer.collectors.ring import Measurement, Ring
+from gradiometer.collectors.slots import Measurement, Slots
 from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import Event, StepBatch
 from gradiometer.stats_core.errors import PeerFault
@@ -30,10 +30,10 @@ _MOST_EVENT_TEXT = 4096
 
 
 class Packer:
-    """Cuts batches from a ring into an outbox, several times a second, in a thread of its own.
+    """Cuts batches from slots into an outbox, several times a second, in a thread of its own.
 
     Args:
-        ring: where measurements come from.
+        slots: where measurements come from.
         outbox: where batches go.
         names: catalogue names of a measurement's rows, in order.
         num_layers: layers of each.
@@ -42,10 +42,10 @@ class Packer:
         dropped: measurements that could not be encoded, or came after publishing had ended.
     """
 
-    def __init__(self, ring: Ring, outbox: Outbox, names: Sequence[str], num_layers: int) -> None:
+    def __init__(self, slots: Slots, outbox: Outbox, names: Sequence[str], num_layers: int) -> None:
         self.dropped = 0
         self._refused = False
-        self._ring = ring
+        self._slots = slots
         self._outbox = outbox
         self._names = tuple(names)
         self._num_layers = num_layers
@@ -55,17 +55,13 @@ class Packer:
         self._complained: set[str] = set()
         self._good_names: set[str] = set()
         self._last: tuple[int, int] | None = None  # step and drops of the last measurement that was packed
-        self._wake = threading.Event()
+        self._wake = slots.pressure
         self._finishing = False
         self._thread = threading.Thread(target=self._work, name="gradiometer-packer", daemon=True)
 
     def start(self) -> None:
         """Begin, in a thread."""
         self._thread.start()
-
-    def hurry(self) -> None:
-        """Ask for the ring to be emptied now: it fills faster than it is looked at."""
-        self._wake.set()
 
     def finish(self, timeout: float) -> bool:
         """Pack what is left, then stop; False where that did not end in time."""
@@ -87,23 +83,25 @@ class Packer:
         self._events.append((step, unix_nanos, kind, text))
 
     def pack(self) -> None:
-        """Empty the ring, as far as the outbox has room."""
+        """Empty the slots, as far as the outbox has room."""
         while self._complaints:
             text = self._complaints.popleft()
             if text not in self._complained:
                 self._complained.add(text)
                 _log.warning("%s", text)
         if self._refused:
-            found = len(self._ring)
-            self.dropped += found
-            self._ring.release(found)
+            self._discard(len(self._slots))
             self._events.clear()
-        while (len(self._ring) or self._events) and self._outbox.has_room():
-            batch, taken = self._batch()
+        while (self._slots or self._events) and self._outbox.has_room():
+            taken = self._take()
+            try:
+                batch = self._batch(taken)
+            finally:
+                for measurement in taken:
+                    self._slots.release(measurement)
             if batch is not None:
                 self._add(batch)
-            self._ring.release(taken)
-        if self._ring.dropped:
+        if self._slots.dropped:
             self.complain(
                 "measurements are dropped, since they come faster than they can be sent or spooled; "
                 "the number is published as dropped_steps"
@@ -116,9 +114,6 @@ class Packer:
                 self.pack()
             except Exception:  # noqa: BLE001 - nothing of this thread may reach the user's job
                 _log.exception("measurements were dropped in a way they should not have been")
-                taken = min(len(self._ring), self._most_steps)
-                self.dropped += taken
-                self._ring.release(taken)
             if last_time:
                 return
             self._wake.wait(_TICK)
@@ -133,25 +128,43 @@ class Packer:
             return
         self._outbox.append(batch.SerializeToString(deterministic=True))
 
-    def _batch(self) -> tuple[StepBatch | None, int]:
-        """The next batch of ascending steps, or None where nothing is in it; and how many measurements it took."""
-        waiting = self._ring.peek(self._most_steps)
-        block = np.full((len(waiting), len(self._names), self._num_layers), np.nan, np.float32)
+    def _discard(self, count: int) -> None:
+        for _ in range(count):
+            measurement = self._slots.take()
+            if measurement is not None:
+                self._slots.release(measurement)
+                self.dropped += 1
+
+    def _take(self) -> list[Measurement]:
+        """Measurements for one batch; the copies of what is still on a device are begun."""
+        taken: list[Measurement] = []
+        while len(taken) < self._most_steps and (measurement := self._slots.take()) is not None:
+            taken.append(measurement)
+            arrays = [measurement.examples, *(measurement.columns or {}).values(), *measurement.scalars.values()]
+            for array in arrays:
+                if hasattr(array, "copy_to_host_async"):
+                    array.copy_to_host_async()
+        return taken
+
+    def _batch(self, taken: list[Measurement]) -> StepBatch | None:
+        """A batch of ascending steps, or None where nothing is in it. What has no place in it is put back."""
+        block = np.full((len(taken), len(self._names), self._num_layers), np.nan, np.float32)
         present: set[str] = set()
         steps: list[int] = []
         nanos: list[int] = []
         scalars: list[dict[str, float]] = []
-        taken = 0
-        for place, measurement in enumerate(waiting):
+        for place, measurement in enumerate(taken):
             step = self._step(measurement)
             if step is not None and steps and step <= steps[-1]:
-                break  # trained on from an earlier checkpoint: a batch of its own
-            taken += 1
+                # Trained on from an earlier checkpoint: a batch of its own.
+                while len(taken) > place:
+                    self._slots.put_back(taken.pop())
+                break
             try:
-                names = self._fill(block[len(steps)], measurement, place) if step is not None else ()
+                names = self._fill(block[len(steps)], measurement) if step is not None else ()
             except Exception as error:  # noqa: BLE001 - a deleted buffer, another shape, what not
                 self.dropped += 1
-                self.complain(f"a measurement was dropped: {str(error).splitlines()[0] if str(error) else error!r}")
+                self.complain(f"a measurement was dropped: {(str(error) or repr(error)).splitlines()[0]}")
                 continue
             if step is None or not names:
                 continue
@@ -162,7 +175,7 @@ class Packer:
             self._last = (step, measurement.dropped)
         events = self._take_events()
         if not steps and not events:
-            return None, taken
+            return None
         names_of_scalars = sorted({name for row in scalars for name in row})
         batch = wire.pack_batch(
             steps,
@@ -172,7 +185,7 @@ class Packer:
             {name: np.array([row.get(name, math.nan) for row in scalars]) for name in names_of_scalars},
         )
         batch.events.extend(events)
-        return batch, taken
+        return batch
 
     def _step(self, measurement: Measurement) -> int | None:
         try:
@@ -187,10 +200,10 @@ class Packer:
         )
         return None
 
-    def _fill(self, row: np.ndarray, measurement: Measurement, place: int) -> Sequence[str]:
+    def _fill(self, row: np.ndarray, measurement: Measurement) -> Sequence[str]:
         """Copy a measurement's numbers; the names that it has, none where it was not measured."""
         if measurement.columns is None:
-            row[:] = self._ring.rows(place)
+            row[:] = self._slots.rows(measurement)
             return self._names
         if float(np.asarray(measurement.examples)) == 0:
             return ()
@@ -202,7 +215,7 @@ class Packer:
         return [name for name in self._names if name in measurement.columns]
 
     def _scalars(self, measurement: Measurement, step: int) -> dict[str, float]:
-        found = {"dropped_steps": float(measurement.dropped)}
+        found = {"dropped_steps": float(measurement.dropped + self.dropped)}
         if measurement.examples is not None:
             found["examples"] = float(np.asarray(measurement.examples))
             # Where steps were dropped in between, the clock of the temporal moments is not known here.

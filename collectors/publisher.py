@@ -16,8 +16,8 @@ from gradiometer.collectors.endpoint import OFF, Credentials, Endpoint, is_disab
 from gradiometer.collectors.outbox import Outbox
 from gradiometer.collectors.packer import Packer
 from gradiometer.collectors.registration import complete, registration
-from gradiometer.collectors.ring import Measurement, Ring
 from gradiometer.collectors.sender import Backoff, Sender
+from gradiometer.collectors.slots import Slots
 from gradiometer.protos.run_pb2 import Coverage, Run
 from gradiometer.stats_core import Summary, catalog
 from gradiometer.stats_core.arrays import Array
@@ -103,8 +103,7 @@ class Publisher:
         """Name of the run."""
         self.endpoint: str = OFF if address is None else str(address)
         """Where measurements go, or "off"."""
-        self._shape = (len(names), len(run.layers))
-        self._ring: Ring | None = None
+        self._slots: Slots | None = None
         self._last_step: Any = 0
         self._late = 0
         self._live = False
@@ -123,10 +122,9 @@ class Publisher:
             return spool.Spool.create(folder, run, collector_id, offset, max_bytes=_SPOOL_BYTES)
 
         self._folder: Path = folder
-        self._ring = ring = Ring(*self._shape)
-        self._half = ring.slots // 2
         self._outbox = Outbox(make_spool)
-        self._packer = Packer(ring, self._outbox, names, len(run.layers))
+        self._slots = slots = Slots(len(names), len(run.layers))
+        self._packer = Packer(slots, self._outbox, names, len(run.layers))
         self._sender = Sender(
             address, credentials, run, self._outbox, spools=folder, backoff=backoff, on_refused=self._packer.refuse
         )
@@ -139,9 +137,9 @@ class Publisher:
     @property
     def dropped(self) -> int:
         """Measured steps dropped so far: no room, not readable, or nobody to take them."""
-        if self._ring is None:
+        if self._slots is None:
             return self._late
-        return self._late + self._ring.dropped + self._packer.dropped
+        return self._late + self._slots.dropped + self._packer.dropped
 
     @property
     def state(self) -> str:
@@ -156,7 +154,7 @@ class Publisher:
         loss: Array | None = None,
         tokens: Array | None = None,
         ids: Sequence[object] | None = None,
-        **scalars: Array,
+        **scalars: Array | None,
     ) -> None:
         """Hand over one step. Nothing is waited for: device arrays are read by a thread behind.
 
@@ -170,18 +168,15 @@ class Publisher:
             **scalars: any other numbers of the step, by name.
         """
         del ids
-        if not self._live:
+        slots = self._slots
+        if slots is None or not self._live:
             self._late += self._ended == "closed"
             return
         try:
             self._last_step = step
-            columns = {name: _on_its_way(values) for name, values in summary.columns.items()}
-            numbers = {"loss": loss, "tokens": tokens, **scalars}
-            for value in numbers.values():
-                if hasattr(value, "copy_to_host_async"):
-                    value.copy_to_host_async()
-            count = _on_its_way(summary.count)
-            self._push(Measurement(step, time.time_ns(), numbers, self.dropped, count, columns), None)
+            columns = {name: _unchanging(values) for name, values in summary.columns.items()}
+            scalars.update(loss=loss, tokens=tokens)
+            slots.put(step, time.time_ns(), scalars, _unchanging(summary.count), columns)
         except Exception as error:  # noqa: BLE001 - never raises in a training step
             self._refuse_step(error)
 
@@ -195,17 +190,13 @@ class Publisher:
             scalars: numbers of the step, by name; copied.
             unix_nanos: when it was measured. Unit: nanoseconds since 1970, UTC.
         """
-        if not self._live:
+        slots = self._slots
+        if slots is None or not self._live:
             self._late += self._ended == "closed"
             return
         try:
-            if rows.shape != self._shape:
-                raise ValueError(
-                    f"record_rows needs rows of shape {self._shape}, got shape={rows.shape}; "
-                    "pass all columns of the tier and all layers"
-                )
             self._last_step = step
-            self._push(Measurement(step, unix_nanos, dict(scalars), self.dropped), rows)
+            slots.put_rows(step, unix_nanos, dict(scalars), rows)
         except Exception as error:  # noqa: BLE001 - never raises in a training step
             self._refuse_step(error)
 
@@ -252,14 +243,6 @@ class Publisher:
             f"Publisher(run={self.run_id!r}, endpoint={self.endpoint!r}, state={self.state!r}, dropped={self.dropped})"
         )
 
-    def _push(self, measurement: Measurement, rows: np.ndarray | None) -> None:
-        ring = self._ring
-        assert ring is not None
-        ring.push(measurement, rows)
-        # Waking a thread costs more than the hand-over; it looks by itself ten times a second.
-        if len(ring) >= self._half:
-            self._packer.hurry()
-
     def _refuse_step(self, error: Exception) -> None:
         self._late += 1
         self._packer.complain(f"a measurement was dropped: {(str(error) or repr(error)).splitlines()[0]}")
@@ -270,12 +253,9 @@ class Publisher:
         atexit.unregister(self.close)
 
 
-def _on_its_way(values: Array) -> Array:
-    """An array that nobody can change any more, with its copy to the host begun where it is on a device."""
-    if hasattr(values, "copy_to_host_async"):  # jax: immutable
-        values.copy_to_host_async()
-        return values
-    return np.array(values, np.float32)
+def _unchanging(values: Array) -> Array:
+    """An array that nobody can change any more: itself where it is jax's, else a copy on the host."""
+    return values if hasattr(values, "copy_to_host_async") else np.array(values, np.float32)
 
 
 def _after_fork_in_child() -> None:

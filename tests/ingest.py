@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 
@@ -56,7 +56,7 @@ class IngestServer(ingest_pb2_grpc.IngestServiceServicer):
     def endpoint(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def start(self) -> "IngestServer":
+    def start(self) -> Self:
         self._server = grpc.server(futures.ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
         ingest_pb2_grpc.add_IngestServiceServicer_to_server(self, self._server)
         deadline = time.monotonic() + 10
@@ -77,7 +77,7 @@ class IngestServer(ingest_pb2_grpc.IngestServiceServicer):
             self._server.stop(grace=None).wait()
             self._server = None
 
-    def __enter__(self) -> "IngestServer":
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
@@ -106,14 +106,12 @@ class IngestServer(ingest_pb2_grpc.IngestServiceServicer):
             context.abort(grpc.StatusCode.NOT_FOUND, "unknown run")
         stored = self.stored[hello.run_id, hello.collector_id]
         yield PublishResponse(durable_sequence=len(stored))
-        taken = 0
-        for request in requests:
+        for taken, request in enumerate(requests):
             while self.hang and context.is_active():
                 time.sleep(0.005)
             if not context.is_active():
                 return
-            taken += 1
-            if self.abort_after is not None and taken > self.abort_after:
+            if self.abort_after is not None and taken >= self.abort_after:
                 context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "disk full")
             sequence, batch = request.batch.sequence, request.batch.batch
             try:
