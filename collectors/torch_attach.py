@@ -10,13 +10,14 @@ from torch import nn
 from gradiometer.collectors.cadence import Cadence
 from gradiometer.collectors.endpoint import is_disabled
 from gradiometer.collectors.registration import complete
-from gradiometer.collectors.torch_collector import Settings, TorchCollector, attached
+from gradiometer.collectors.torch_collector import TorchCollector
 from gradiometer.collectors.torch_engine import LossReduction
 from gradiometer.collectors.torch_layers import coverage_of, layers_of
 from gradiometer.collectors.torch_measure import StepMeasurer
 from gradiometer.collectors.torch_reporter import Reporter
-from gradiometer.collectors.torch_samplers import Plan, coupling_modules, plan_model
+from gradiometer.collectors.torch_samplers import Plan, batch_norms, couples, plan_model
 from gradiometer.collectors.torch_state import OptimizerState, OwnState, is_maxva
+from gradiometer.collectors.torch_steps import Settings, attached
 from gradiometer.protos import run_pb2
 from gradiometer.protos.run_pb2 import LossNormalization, Run, World
 from gradiometer.stats_core import catalog
@@ -166,8 +167,6 @@ def attach(
     collector = TorchCollector(model, optimizer, plan, settings, measurer, reporter)
     if is_disabled(os.environ):
         _log.info("GRADIOMETER_DISABLE is set: nothing is measured or published")
-        if isinstance(optimizer, TakesMoments):
-            optimizer.bind(None)
         collector.detach()
         return collector
     collector.install()
@@ -194,7 +193,7 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             f"attach needs initialised parameters, got parameter={lazy[0]!r} uninitialised; run one batch before"
         )
-    coupling = coupling_modules(model)
+    coupling = [name for name, module in batch_norms(model) if couples(module)]
     if coupling:
         raise UnsupportedModel(
             f"attach needs a model whose examples have gradients of their own, got BatchNorm in training mode in "

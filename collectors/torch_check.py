@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradiometer.collectors.torch_engine import Call, LossReduction, Pass, guarded
+from gradiometer.collectors.torch_autograd import guarded
+from gradiometer.collectors.torch_engine import Call, LossReduction, Pass
 from gradiometer.collectors.torch_samplers import Plan
 
 __all__ = ["FirstSight"]

@@ -7,7 +7,7 @@ the end of the backward pass closes the account. No node is added to the user's 
 changed, so that the user's loss and gradients stay what they were, bit for bit; nothing raises out of a hook.
 
 Moments leave the engine in *pass units*: gradients of the pass's own loss with its reduction undone, so of
-:math:`\ell_i` up to one factor that only the whole step knows (`gradiometer.collectors.torch_step`).
+:math:`\ell_i` up to one factor that only the whole step knows (`gradiometer.collectors.torch_batch`).
 """
 
 import time
@@ -19,41 +19,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from gradiometer.collectors.torch_autograd import Hook, below, guarded, in_backward, under_saved_tensor_hooks
 from gradiometer.collectors.torch_samplers import Plan
 from gradiometer.stats_core.arrays import widened
 from gradiometer.stats_core.moments import Moments
 
-__all__ = ["Call", "Engine", "LossReduction", "Pass", "Verifier", "guarded", "in_backward"]
+__all__ = ["Call", "Engine", "LossReduction", "Pass", "Verifier"]
 
 LossReduction = Literal["mean", "sum", "weighted"]
-
-
-def in_backward() -> bool:
-    """True inside a backward pass, as when a checkpointed block is computed again."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def guarded(device: torch.device) -> Any:
-    """No gradients and no autocast, whatever the user's code around a hook has switched on."""
-    stack = torch.no_grad()
-    if torch.is_autocast_enabled(device.type):
-        return _Both(stack, torch.autocast(device.type, enabled=False))
-    return stack
-
-
-class _Both:
-    """Two contexts as one; cheaper than an ExitStack in a hook."""
-
-    def __init__(self, outer: Any, inner: Any) -> None:
-        self._outer, self._inner = outer, inner
-
-    def __enter__(self) -> None:
-        self._outer.__enter__()
-        self._inner.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self._inner.__exit__(*error)
-        self._outer.__exit__(*error)
 
 
 @dataclass(eq=False)
@@ -78,6 +51,7 @@ class Pass:
     """One forward pass of the model and the backward pass through it.
 
     Attributes:
+        step: number of the optimizer step that it is part of.
         batch: examples.
         measured: False where it is only counted.
         weights: raw weights of the examples, shape ``(batch,)``, or None.
@@ -89,6 +63,7 @@ class Pass:
         missing: parameter → why it has none.
     """
 
+    step: int
     batch: int
     measured: bool
     weights: Tensor | None = None
@@ -162,7 +137,7 @@ class Engine:
     def install(self) -> None:
         """Put a forward hook on every module with a sampler."""
         for module in self._plan.rules:
-            self._handles.append(module.register_forward_hook(self._capture, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(Hook(self._capture), with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off; a pass that is under way is forgotten."""
@@ -188,7 +163,7 @@ class Engine:
             return
         grown = [tensor for tensor in outputs if tensor.requires_grad and tensor.grad_fn is not None]
         for tensor in grown:
-            _below(tensor).register_hook(partial(self._reached, done))
+            below(tensor).register_hook(partial(self._reached, done))
         if done.measured:
             started = time.perf_counter()
             self._verifier.before_backward(done, grown)
@@ -219,7 +194,7 @@ class Engine:
         done.last_output = output
         for parameter in parameters:
             done._left[parameter] = done._left.get(parameter, 0) + 1
-        _below(output).register_hook(partial(self._received, done, call))
+        below(output).register_hook(partial(self._received, done, call))
 
     def _unusable(self, module: nn.Module, given: Any, output: Any, batch: int) -> str | None:
         """Why this call can't be measured, or None."""
@@ -228,7 +203,7 @@ class Engine:
             return "its forward pass ran without gradients, as inside a reentrant checkpoint"
         if not module.training:
             return "its module is in eval mode while the model trains; call train() on it or freeze it"
-        if _under_saved_tensor_hooks():
+        if under_saved_tensor_hooks():
             return "it runs inside an activation checkpoint, whose point is to keep no activations"
         if not isinstance(given, Tensor) or not isinstance(output, Tensor) or given.is_inference():
             return "its module was not given a plain tensor"
@@ -354,19 +329,6 @@ class Engine:
 
 
 _NO_CALL = Call(nn.Identity(), None, 0, torch.Size())
-
-
-def _below(output: Tensor) -> Tensor:
-    """The tensor to hook: an operation in place gives a view a new history, only what lies below keeps the old one."""
-    base = output._base if output._is_view() else None
-    if base is not None and base.requires_grad and base.grad_fn is not None and base.numel() == output.numel():
-        return base
-    return output
-
-
-def _under_saved_tensor_hooks() -> bool:
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is not None and top(False) is not None
 
 
 def _as_computed(given: Tensor, grad: Tensor) -> Tensor:

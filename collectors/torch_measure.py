@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradiometer.collectors.torch_batch import LogicalBatch
 from gradiometer.collectors.torch_layers import LayerParameters, coverage_of, layers_of
 from gradiometer.collectors.torch_reporter import Reporter
 from gradiometer.collectors.torch_rows import StepNumbers, step_numbers
 from gradiometer.collectors.torch_samplers import Plan
 from gradiometer.collectors.torch_state import OptimizerState, OwnState
-from gradiometer.collectors.torch_step import LogicalBatch
 from gradiometer.stats_core import catalog, maxva
 from gradiometer.stats_core.arrays import Array, square_sum, widened
 from gradiometer.stats_core.moments import Moments
@@ -121,7 +121,7 @@ class StepMeasurer:
         }
         if skipped or not grads:
             return scalars
-        total: Tensor = sum(square_sum(grad) for grad in grads.values())  # type: ignore[assignment]
+        total: Tensor = sum(square_sum(grad) for grad in grads.values())
         scalars["grad_norm"] = total.sqrt()
         both = [parameter for parameter in grads if parameter in moments]
         if both:

@@ -1,5 +1,6 @@
 """From a collector to its publisher: registers the run, keeps what the user logs, hands closed steps over."""
 
+import atexit
 import logging
 import os
 from collections import deque
@@ -65,6 +66,8 @@ class Reporter:
         """
         self._rows = HostRows(cells, self._device)
         self._publisher = Publisher.open(self.run, self._endpoint)
+        # After the publisher's own, so that it runs before it: the last step is still to be handed over.
+        atexit.register(self.close)
         while self._events:
             self._publisher.event(*self._events.popleft())
 
@@ -103,6 +106,7 @@ class Reporter:
 
     def close(self) -> None:
         """Hand over what is left and close the publisher."""
+        atexit.unregister(self.close)
         self.hand_over(wait=True)
         if self._publisher is not None:
             self._publisher.close()

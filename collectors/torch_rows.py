@@ -105,7 +105,7 @@ class HostRows:
             values = [value if value.device == self._device else value.to(self._device) for value in values]
             buffer[: len(values)].copy_(torch.stack(values).to(torch.float32), non_blocking=True)
             if self._device.type == "cuda":
-                event = torch.cuda.Event()
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(torch.cuda.current_stream(self._device))
         self._waiting.append((numbers, names, buffer, event))
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradiometer.stats_core.errors import MissingDependency
 
-__all__ = ["Plan", "Rule", "coupling_modules", "plan_model"]
+__all__ = ["Plan", "Rule", "batch_norms", "couples", "plan_model"]
 
 Sampler = Callable[[Any, list[Tensor], Tensor], Mapping[Tensor, Tensor]]
 
@@ -57,13 +57,14 @@ class Plan:
                 yield parameter
 
 
-def coupling_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that normalise over the batch as they are set now, so that no example has a gradient."""
-    return [
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
-    ]
+def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """The modules that can normalise over the batch, with their names."""
+    return [(name or type(m).__name__, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
+
+
+def couples(module: _BatchNorm) -> bool:
+    """True where the module, as it is set now, normalises over the batch: then no example has a gradient."""
+    return module.training or module.running_mean is None
 
 
 def plan_model(model: nn.Module) -> Plan:

@@ -1,0 +1,298 @@
+"""Follows the user's forward passes, backward passes and optimizer steps, and closes each step's account.
+
+Steps. A step begins with the first forward pass after the last one closed, and closes in the optimizer's post
+hook; without an optimizer, after so many backward passes. All hooks are guarded: an exception of ours turns the
+collector off and is logged once, and the user's step goes on as if nothing had happened.
+"""
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from gradiometer.collectors.cadence import Cadence
+from gradiometer.collectors.torch_autograd import Hook, in_backward
+from gradiometer.collectors.torch_batch import LogicalBatch
+from gradiometer.collectors.torch_check import FirstSight
+from gradiometer.collectors.torch_engine import Engine, LossReduction, Pass
+from gradiometer.collectors.torch_measure import StepMeasurer
+from gradiometer.collectors.torch_reporter import Reporter
+from gradiometer.collectors.torch_rows import StepNumbers
+from gradiometer.collectors.torch_samplers import Plan, batch_norms, couples
+from gradiometer.collectors.torch_tensors import leading_size, tensors_in
+from gradiometer.stats_core.moments import Moments
+from gradiometer.stats_core.source import TakesMoments
+
+__all__ = ["Settings", "StepFollower", "attached"]
+
+_log = logging.getLogger("gradiometer")
+
+attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Models that a collector is attached to."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `gradiometer.attach` was asked for, checked."""
+
+    every: int | Literal["auto"] = 1
+    budget: float = 0.03
+    accumulation: int = 1
+    loss_reduction: LossReduction = "mean"
+
+
+class StepFollower:
+    """The hooks on a model and its optimizer, and the state of the step that is open.
+
+    Args:
+        model: the model.
+        optimizer: its optimizer, or None.
+        plan: what can be measured.
+        settings: as asked for.
+        measurer: forms a measured step's numbers.
+        reporter: takes them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        plan: Plan,
+        settings: Settings,
+        measurer: StepMeasurer,
+        reporter: Reporter,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._plan = plan
+        self._settings = settings
+        self._measurer = measurer
+        self._reporter = reporter
+        self._cadence = Cadence(settings.every, settings.budget)
+        self._engine = Engine(
+            plan,
+            loss_reduction=settings.loss_reduction,
+            verifier=FirstSight(plan, settings.loss_reduction),
+            on_done=self._backward_done,
+            on_spoilt=self._spoil,
+            on_error=self._turn_off,
+        )
+        self._batch_norms = batch_norms(model)
+        self._handles: list[Any] = []
+        self._said: set[str] = set()
+        self._is_off = self._is_paused = False
+        self._batch_info: tuple[Sequence[Any] | None, Tensor | None] = (None, None)
+        self._missing: dict[nn.Parameter, str] = dict(plan.refused)
+        # The step that is open, or the last one.
+        self._step = 0
+        self._is_open = self._is_measured = False
+        self._batch = LogicalBatch(settings.loss_reduction)
+        self._numbers: StepNumbers | None = None  # of this step, until it closes
+        self._in_optimizer = False
+        self._grad_version = 0
+        self._began = self._last_plain = 0.0
+
+    def moments_of(self, parameter: Any) -> Moments | None:
+        """The parameter's Moments of the current step where they lie on the device, or None."""
+        return self._batch.of(parameter) if self._is_measured else None
+
+    def install(self) -> None:
+        """Put the hooks on the model and the optimizer, and bind an optimizer that takes Moments."""
+        attached.add(self._model)
+        if self._is_off:
+            return
+        model, safely = self._model, self._safely
+        self._handles.append(model.register_forward_pre_hook(safely(self._forward_begins), with_kwargs=True))
+        self._engine.install()
+        self._handles.append(model.register_forward_hook(safely(self._forward_ends), always_call=True))
+        if self._optimizer is not None:
+            self._handles.append(self._optimizer.register_step_pre_hook(safely(self._optimizer_begins)))
+            self._handles.append(self._optimizer.register_step_post_hook(safely(self._optimizer_ends)))
+        self._bind(self)
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._engine.remove()
+        self._is_off, self._is_measured = True, False
+        attached.discard(self._model)
+        self._bind(None)
+
+    def _bind(self, source: Self | None) -> None:
+        optimizer: Any = self._optimizer
+        if isinstance(optimizer, TakesMoments) and optimizer.wants_moments:
+            optimizer.bind(source)
+
+    def _safely(self, hook: Callable[..., None]) -> Hook:
+        def guarded_hook(*args: Any, **kwargs: Any) -> None:
+            if self._is_off or torch.compiler.is_compiling():
+                return
+            try:
+                hook(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - nothing of ours may reach the user's step
+                self._turn_off(error)
+
+        return Hook(guarded_hook)
+
+    def _turn_off(self, error: Exception | str) -> None:
+        if self._is_off:
+            return
+        trace = error if isinstance(error, Exception) else None
+        _log.warning("the collector turned itself off, training goes on: %s", error, exc_info=trace)
+        self._reporter.event("collector-off", str(error))
+        self._unhook()
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            _log.warning("%s. This is said once.", text)
+
+    def _forward_begins(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if in_backward():
+            return
+        if not model.training or not torch.is_grad_enabled() or self._is_paused:
+            self._reporter.hand_over()
+            return
+        coupling = [name for name, module in self._batch_norms if couples(module)]
+        if coupling:
+            self._turn_off(f"{', '.join(coupling[:5])} normalise over the batch, so that no example has a gradient")
+            return
+        if self._is_open and self._batch.passes and self._optimizer is not None and self._was_skipped():
+            if not self._in_optimizer:
+                self._close_step(skipped=True)
+            else:  # a closure that is evaluated again: the step is made of its last evaluation
+                self._batch = LogicalBatch(self._settings.loss_reduction)
+        if not self._is_open:
+            self._begin_step()
+        self._engine.begin(self._new_pass(args, kwargs))
+
+    def _begin_step(self) -> None:
+        now = time.perf_counter()
+        if self._step > 1 and self._began:  # the first step checks more than others do
+            if not self._is_measured:
+                self._last_plain = now - self._began
+            elif self._last_plain:
+                self._cadence.observe(now - self._began, self._last_plain)
+        self._began = now
+        self._reporter.next_step()
+        self._batch = LogicalBatch(self._settings.loss_reduction)
+        self._engine.seconds = 0.0
+        self._is_open = True
+        self._is_measured = self._cadence.due(self._step)
+
+    def _new_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
+        given = tensors_in((args, kwargs))
+        batch = leading_size(given)
+        ids, weights = self._batch_info
+        problem = ""
+        if batch is None:
+            problem = "the model was given no tensor with a row an example"
+        elif ids is not None and len(ids) != batch:
+            problem = f"the batch has {batch} examples and {len(ids)} ids"
+        elif self._settings.loss_reduction == "weighted" and (weights is None or weights.shape[0] != batch):
+            problem = "loss_reduction='weighted' takes one weight an example: with collector.batch(weights=...): ..."
+        if problem and self._is_measured:
+            self._spoil(problem)
+        if weights is not None and given:
+            weights = weights.to(given[0].device, torch.float32, non_blocking=True)
+        return Pass(
+            self._step,
+            batch or 0,
+            measured=self._is_measured,
+            weights=weights if self._is_measured else None,
+            inputs=frozenset((tensor.data_ptr(), tensor.shape) for tensor in given)
+            if self._is_measured
+            else frozenset(),
+        )
+
+    def _forward_ends(self, _model: nn.Module, _args: Any, output: Any) -> None:
+        if in_backward():
+            return
+        if output is None:  # the forward pass raised, or returned nothing that could be trained on
+            self._engine.forward_failed()
+        else:
+            self._engine.forward_done(tensors_in(output))
+
+    def _spoil(self, reason: str) -> None:
+        """This step can't be measured."""
+        self._say_once(f"a step is not measured: {reason}")
+        self._missing.update(dict.fromkeys(self._plan.names, reason))
+        self._batch.spoil(reason)
+        self._is_measured = False
+
+    def _backward_done(self, done: Pass) -> None:
+        if self._is_off or not self._is_open or done.step != self._step:
+            return
+        if done.measured and not self._is_measured:
+            done.moments.clear()
+        self._batch.add(done)
+        self._grad_version = next((grad._version for grad in self._grads()), 0)
+        if self._is_measured:
+            self._missing = dict(self._batch.missing)
+        if self._optimizer is None and self._batch.passes >= self._settings.accumulation:
+            if self._is_measured:
+                self._measure(with_optimizer=False)
+            self._close_step()
+
+    def _optimizer_begins(self, _optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._in_optimizer = True
+        has_closure = any(value is not None for value in (*args[1:], *kwargs.values()))
+        if self._is_open and self._is_measured and self._batch.passes and not has_closure:
+            self._measure(with_optimizer=True)
+
+    def _optimizer_ends(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        self._in_optimizer = False
+        if not self._is_open:
+            self._say_once(
+                "the optimizer made a step and no forward pass of the model was seen before it: call the "
+                "model itself, not a compiled or copied one"
+            )
+            self._step += 1
+            return
+        if self._is_measured and self._batch.passes and self._numbers is None:
+            self._measure(with_optimizer=False)
+        self._close_step()
+
+    def _was_skipped(self) -> bool:
+        """True where the gradients of the open step are gone, although the optimizer made no step."""
+        assert self._optimizer is not None
+        first = next(self._grads(), None)
+        if first is None:
+            return True
+        if first._version == self._grad_version:
+            return False
+        # Changed in place since the backward pass, and no step made: the one place where values are looked at.
+        return not any(bool(grad.any()) for grad in self._grads())
+
+    def _grads(self) -> Iterator[Tensor]:
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        return (p.grad for group in groups for p in group["params"] if p.grad is not None)
+
+    def _measure(self, *, with_optimizer: bool, skipped: bool = False) -> None:
+        if self._batch.examples == 1:
+            self._say_once("a batch of one example has a mean gradient and no variance across examples")
+        started = time.perf_counter()
+        with torch.no_grad():
+            self._numbers = self._measurer.measure(
+                self._step, self._batch, with_optimizer=with_optimizer, skipped=skipped
+            )
+        self._engine.seconds += time.perf_counter() - started
+
+    def _close_step(self, *, skipped: bool = False) -> None:
+        if self._is_measured and self._batch.passes and skipped:
+            self._measure(with_optimizer=False, skipped=True)
+        numbers, self._numbers = self._numbers, None
+        if numbers is not None:
+            numbers.scalars["overhead_seconds"] = self._engine.seconds
+            missing = getattr(self._optimizer, "moments_missing", None)
+            if missing is not None:
+                numbers.scalars["moments_missing"] = missing
+            self._reporter.close_step(numbers)
+        self._is_open = False
+        self._step += 1
