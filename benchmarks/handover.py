@@ -101,8 +101,8 @@ def main() -> None:
                         time.sleep(0.01)
                     ways: dict[str, Callable[[int], None]] = {
                         "copy alone": copy,
-                        "record_rows": lambda step: publisher.record_rows(step, rows, scalars, 0),  # noqa: B023
-                        "record": lambda step: publisher.record(step, summary, loss=1.0),  # noqa: B023
+                        "record_rows": lambda step: publisher.record_rows(step, rows, scalars, 0),
+                        "record": lambda step: publisher.record(step, summary, loss=1.0),
                     }
                     for name, way in ways.items():
                         print(f"  {rest.__name__:10} {name:12} {figures(timed(rest, arguments.steps, way))}")

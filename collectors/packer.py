@@ -209,7 +209,13 @@ class Packer:
             return ()
         for name, values in measurement.columns.items():
             if name in self._names:
-                row[self._names.index(name)] = np.asarray(values)
+                array = np.asarray(values)
+                if array.shape != (self._num_layers,):
+                    raise ValueError(
+                        f"record needs columns of shape {(self._num_layers,)}, got {name} of shape={array.shape}; "
+                        "give the publisher the params that the summary is of"
+                    )
+                row[self._names.index(name)] = array
             else:
                 self.complain(f"record needs columns of the catalogue's tier, got column={name!r}; it is left out")
         return [name for name in self._names if name in measurement.columns]

@@ -255,7 +255,11 @@ class Publisher:
 
 def _unchanging(values: Array) -> Array:
     """An array that nobody can change any more: itself where it is jax's, else a copy on the host."""
-    return values if hasattr(values, "copy_to_host_async") else np.array(values, np.float32)
+    if hasattr(values, "copy_to_host_async"):
+        return values
+    array = np.asarray(values)
+    # Through bytes: a copy by numpy lets go of the interpreter lock, and may wait 5 ms to have it back.
+    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
 
 
 def _after_fork_in_child() -> None:
