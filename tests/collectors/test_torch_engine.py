@@ -1,0 +1,335 @@
+"""The Opacus engine against the float64 loop over single examples."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradiometer as gm
+from tests.reference import loop_moments, relative_error
+from tests.torch_models import CASES, Case, OnlyLoss, OwnBatchNorm, TimeFirst, case, reference_moments, squared, tokens
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def assert_agrees(found: gm.Moments, wanted, tolerance: float, name: str) -> None:
+    assert found.count == wanted.count
+    assert float(found.weight_sum) == pytest.approx(wanted.weight_sum, rel=tolerance)
+    assert float(found.weight_sq_sum) == pytest.approx(wanted.weight_sq_sum, rel=tolerance)
+    assert relative_error(found.mean, wanted.mean) <= tolerance, name
+    assert relative_error(found.sq_norms, wanted.sq_norms) <= tolerance, name
+    assert relative_error(found.weights, wanted.weights) <= tolerance, name
+    # As an absolute bound, which also holds where the variance is 0: the tolerance times kappa.
+    total = float(wanted.m2.sum())
+    scale = np.linalg.norm(wanted.m2) / total if total > 0 else 1.0
+    error = np.linalg.norm(found.m2.double().numpy() - wanted.m2)
+    assert error <= tolerance * scale * float(wanted.sq_norms.sum()), name
+    assert float(found.m2.min()) >= 0
+
+
+def one_pass(chosen: Case, model: nn.Module, x, y, **attach) -> tuple[gm.Moments, object]:
+    with gm.attach(model, endpoint="off", **attach) as collector:
+        chosen.losses(model(x), y).mean().backward()
+        return dict(collector.moments), collector.coverage
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("chosen", CASES, ids=lambda chosen: chosen.name)
+def test_moments_equal_the_loop_and_the_rest_is_uncovered_by_name(chosen: Case, dtype: torch.dtype) -> None:
+    model = chosen.make(dtype)
+    x, y = chosen.draw(5, dtype)
+    wanted = reference_moments(chosen, model, x, y)
+    found, coverage = one_pass(chosen, model, x, y)
+    assert set(found) == {name for name in wanted if chosen.covers(name)}
+    for name, moments in found.items():
+        assert moments.mean.dtype == dtype
+        assert_agrees(moments, wanted[name], TOLERANCE[dtype], name)
+    reasons = {uncovered.parameter: uncovered.reason for uncovered in coverage.uncovered}
+    assert set(reasons) == {name for name in wanted if not chosen.covers(name)}
+    for prefix, reason in chosen.uncovered.items():
+        assert all(reason in text for name, text in reasons.items() if name.startswith(prefix))
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    assert coverage.num_params == sum(sizes.values())
+    assert coverage.num_params_measured == sum(sizes[name] for name in found)
+
+
+@pytest.mark.parametrize("chosen", CASES, ids=lambda chosen: chosen.name)
+def test_loss_and_gradients_are_bitwise_those_without_a_collector(chosen: Case) -> None:
+    x, y = chosen.draw(5)
+    results = []
+    for attached in (False, True):
+        model = chosen.make()
+        torch.manual_seed(3)
+        collector = gm.attach(model, endpoint="off") if attached else None
+        losses = []
+        for _ in range(2):
+            loss = chosen.losses(model(x), y).mean()
+            loss.backward()
+            losses.append(loss.detach())
+        results.append((losses, [p.grad for p in model.parameters()], torch.rand(1)))
+        if collector is not None:
+            collector.detach()
+    (losses, grads, drawn), (losses_with, grads_with, drawn_with) = results
+    assert torch.equal(torch.stack(losses), torch.stack(losses_with))
+    assert torch.equal(drawn, drawn_with)
+    for plain, observed in zip(grads, grads_with, strict=True):
+        assert (plain is None) == (observed is None)
+        assert plain is None or torch.equal(plain, observed)
+
+
+def test_positions_looked_up_once_are_uncovered_also_where_their_number_is_the_batch_size() -> None:
+    chosen = case("gpt")
+    model = chosen.make()
+    x, y = tokens(7, torch.Generator().manual_seed(1), length=7)
+    wanted = reference_moments(chosen, model, x, y)
+    with gm.attach(model, endpoint="off") as collector:
+        chosen.losses(model(x), y).mean().backward()
+        found = collector.moments
+        assert set(wanted) - set(found) == {"positions.weight"}
+        for name, moments in found.items():
+            assert_agrees(moments, wanted[name], 1e-5, name)
+        (uncovered,) = collector.coverage.uncovered
+        assert "its leading axis of 7 is not the batch" in uncovered.reason
+
+
+def test_layers_that_work_time_first_are_uncovered_also_where_time_is_as_long_as_the_batch() -> None:
+    model = TimeFirst()
+    x, y = torch.randn(4, 4, 6), torch.randn(4, 4, 3)
+    with gm.attach(model, endpoint="off") as collector:
+        squared(model(x), y).mean().backward()
+        assert not collector.moments
+        assert all("is not the batch" in uncovered.reason for uncovered in collector.coverage.uncovered)
+
+
+def test_examples_that_depend_on_one_another_are_uncovered() -> None:
+    model = OwnBatchNorm()
+    x, y = torch.randn(5, 6), torch.randn(5, 3)
+    with gm.attach(model, endpoint="off") as collector:
+        squared(model(x), y).mean().backward()
+        assert set(collector.moments) == {"last.weight", "last.bias"}
+        assert all("keep examples apart" in uncovered.reason for uncovered in collector.coverage.uncovered)
+
+
+def test_a_model_that_returns_only_its_loss_is_measured() -> None:
+    model = OnlyLoss()
+    x, y = torch.randn(5, 6), torch.randn(5, 3)
+
+    chosen = Case("only-loss", lambda: model, None, lambda output, target: squared(output, target))
+    plain = nn.Sequential(model.first, nn.Tanh(), model.last)
+    wanted = reference_moments(chosen, plain, x, y)
+    with gm.attach(model, endpoint="off") as collector:
+        model(x, y).backward()
+        found = collector.moments
+        for name, there in (("first.weight", "0.weight"), ("last.weight", "2.weight"), ("last.bias", "2.bias")):
+            assert_agrees(found[name], wanted[there], 1e-5, name)
+
+
+def test_layers_that_nothing_flows_through_at_first_are_covered_from_the_step_at_which_something_does() -> None:
+    chosen = case("mlp")
+    model = chosen.make()
+    nn.init.zeros_(model[-1].weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = chosen.draw(5)
+    with gm.attach(model, optimizer, endpoint="off") as collector:
+        chosen.losses(model(x), y).mean().backward()
+        assert set(collector.moments) == {"3.weight", "3.bias"}
+        assert "not known yet" in collector.coverage.uncovered[0].reason
+        optimizer.step()
+        optimizer.zero_grad()
+        wanted = reference_moments(chosen, model, x, y)
+        chosen.losses(model(x), y).mean().backward()
+        assert not collector.coverage.uncovered
+        for name, moments in collector.moments.items():
+            assert_agrees(moments, wanted[name], 1e-5, name)
+
+
+def test_a_smaller_last_batch_is_measured_as_it_is() -> None:
+    chosen = case("gpt-positions-per-row")
+    model = chosen.make()
+    with gm.attach(model, endpoint="off") as collector:
+        for batch in (6, 2, 6, 1):
+            x, y = chosen.draw(batch, seed=batch)
+            wanted = reference_moments(chosen, model, x, y)
+            chosen.losses(model(x), y).mean().backward()
+            for name, moments in collector.moments.items():
+                assert_agrees(moments, wanted[name], 1e-5, name)
+            assert set(collector.moments) == set(wanted)
+
+
+def test_a_sum_over_examples_is_undone() -> None:
+    chosen = case("cnn")
+    model = chosen.make(torch.float64)
+    x, y = chosen.draw(4, torch.float64)
+    wanted = reference_moments(chosen, model, x, y)
+    with gm.attach(model, endpoint="off", loss_reduction="sum") as collector:
+        chosen.losses(model(x), y).sum().backward()
+        for name, moments in collector.moments.items():
+            assert_agrees(moments, wanted[name], 1e-12, name)
+        assert len(collector.moments) == len(wanted)
+
+
+def test_weights_are_undone_over_the_whole_step() -> None:
+    chosen = case("gpt-positions-per-row")
+    model = chosen.make(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x, y = chosen.draw(6, torch.float64)
+    weights = torch.tensor([1.0, 7.0, 3.0, 2.0, 0.0, 5.0], dtype=torch.float64)
+    wanted = reference_moments(chosen, model, x, y, weights)
+    wanted_norms = {name: np.where(weights.numpy() == 0, 0, moments.sq_norms) for name, moments in wanted.items()}
+    with gm.attach(model, optimizer, endpoint="off", loss_reduction="weighted") as collector:
+        for rows in (slice(0, 4), slice(4, 6)):
+            with collector.batch(weights=weights[rows].tolist()):
+                ((chosen.losses(model(x[rows]), y[rows]) * weights[rows]).sum() / weights.sum()).backward()
+        for name, moments in collector.moments.items():
+            # An example of weight 0 leaves no gradient behind.
+            wanted[name].sq_norms = wanted_norms[name]
+            assert_agrees(moments, wanted[name], 1e-6, name)
+            assert relative_error(moments.mean, dict(model.named_parameters())[name].grad) <= 1e-6
+        assert len(collector.moments) == len(wanted)
+
+
+def test_accumulated_passes_give_what_one_pass_gives() -> None:
+    chosen = case("cnn")
+    model = chosen.make(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x, y = chosen.draw(6, torch.float64)
+    wanted = reference_moments(chosen, model, x, y)
+    with gm.attach(model, optimizer, endpoint="off") as collector:
+        for rows in (slice(0, 2), slice(2, 4), slice(4, 6)):
+            (chosen.losses(model(x[rows]), y[rows]).mean() / 3).backward()
+        for name, moments in collector.moments.items():
+            assert_agrees(moments, wanted[name], 1e-12, name)
+        assert len(collector.moments) == len(wanted)
+
+
+def test_examples_of_a_small_pass_weigh_as_much_as_they_do_in_the_gradient() -> None:
+    chosen = case("mlp")
+    model = chosen.make(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x, y = chosen.draw(6, torch.float64)
+    wanted = reference_moments(chosen, model, x, y, torch.tensor([1.0] * 4 + [2.0] * 2))
+    with gm.attach(model, optimizer, endpoint="off") as collector:
+        for rows in (slice(0, 4), slice(4, 6)):
+            (chosen.losses(model(x[rows]), y[rows]).mean() / 2).backward()
+        for name, parameter in model.named_parameters():
+            assert_agrees(collector.moments[name], wanted[name], 1e-12, name)
+            assert relative_error(collector.moments[name].mean, parameter.grad) <= 1e-12
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_gradients_far_from_one_keep_their_digits(scale: float) -> None:
+    chosen = case("mlp")
+    model = chosen.make()
+    x, y = chosen.draw(5)
+    wanted = reference_moments(chosen, model, x, y)
+    with gm.attach(model, endpoint="off") as collector:
+        (chosen.losses(model(x), y).mean() * scale).backward()
+        for name, moments in collector.moments.items():
+            plain = moments._replace(
+                mean=moments.mean.double() / scale,
+                m2=moments.m2.double() / scale**2,
+                sq_norms=moments.sq_norms.double() / scale**2,
+            )
+            assert_agrees(plain, wanted[name], 1e-5, name)
+        assert len(collector.moments) == len(wanted)
+
+
+@pytest.mark.parametrize("chosen", [case("mlp"), case("cnn"), case("gpt-positions-per-row")], ids=lambda c: c.name)
+def test_half_precision_is_accumulated_in_float32_with_at_most_twice_the_error_of_a_half_precision_loop(
+    chosen: Case,
+) -> None:
+    """Root mean square over draws: one draw of a small bias may be right by chance."""
+    model = chosen.make()
+    parameters = dict(model.named_parameters())
+    errors = {name: np.zeros((2, 2)) for name in parameters}  # (mean, m2) x (found, loop)
+    with gm.attach(model, endpoint="off") as collector:
+        for seed in range(8):
+            x, y = chosen.draw(6, seed=seed)
+            wanted = reference_moments(chosen, model, x, y)
+            loop = []
+            with torch.autocast("cpu", torch.bfloat16):
+                with collector.paused():
+                    for row in range(6):
+                        loss = chosen.losses(model(x[row : row + 1]).float(), y[row : row + 1]).sum()
+                        loop.append(torch.autograd.grad(loss, list(parameters.values())))
+                loss = chosen.losses(model(x).float(), y).mean()
+            loss.backward()
+            for name, *grads in zip(parameters, *loop, strict=True):
+                moments, exact = collector.moments[name], wanted[name]
+                assert moments.mean.dtype == moments.m2.dtype == torch.float32
+                by_loop = loop_moments([grad.double().numpy() for grad in grads])
+                errors[name][0] += [relative_error(m.mean, exact.mean) ** 2 for m in (moments, by_loop)]
+                errors[name][1] += [relative_error(m.m2, exact.m2) ** 2 for m in (moments, by_loop)]
+    for name, squares in errors.items():
+        assert np.all(np.sqrt(squares[:, 0]) <= 2 * np.sqrt(squares[:, 1])), name
+
+
+def test_half_precision_parameters_are_measured_in_float32() -> None:
+    chosen = case("mlp")
+    model = chosen.make(torch.bfloat16)
+    x, y = chosen.draw(5, torch.bfloat16)
+    wanted = reference_moments(chosen, model, x, y)
+    found, _ = one_pass(chosen, model, x, y)
+    for name, moments in found.items():
+        assert moments.mean.dtype == moments.m2.dtype == torch.float32
+        assert relative_error(moments.mean, wanted[name].mean) < 0.03
+    assert len(found) == len(wanted)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_examples_that_are_not_numbers_stay_in_the_moments(value: float) -> None:
+    chosen = case("mlp")
+    model = chosen.make()
+    x, y = chosen.draw(5)
+    x[2, 0] = value
+    found, coverage = one_pass(chosen, model, x, y)
+    assert not coverage.uncovered
+    finite = torch.isfinite(found["0.weight"].sq_norms)
+    assert finite.tolist() == [True, True, False, True, True]
+
+
+def test_an_input_changed_in_place_after_its_use_is_noticed() -> None:
+    class Reuses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x * 1.0
+            hidden = self.first(x)
+            x += 1.0
+            return self.last(torch.tanh(hidden))
+
+    model = Reuses()
+    x, y = case("mlp").draw(5)
+    with gm.attach(model, endpoint="off") as collector, torch.autocast("cpu", torch.bfloat16):
+        # Under autocast the layer saves a copy, so that autograd does not mind.
+        squared(model(x).float(), y).mean().backward()
+        assert {u.parameter for u in collector.coverage.uncovered} == {"first.weight", "first.bias"}
+        assert "changed in place" in collector.coverage.uncovered[0].reason
+
+
+def test_a_sampler_that_fails_uncovers_its_layer_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    from opacus.grad_sample import register_grad_sampler
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight
+
+    @register_grad_sampler(Own)
+    def sample(module: Own, inputs: list[torch.Tensor], grad: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("not today")
+
+    model = nn.Sequential(Own(), nn.Linear(6, 3))
+    x, y = case("mlp").draw(5)
+    with caplog.at_level(logging.WARNING, "gradiometer"), gm.attach(model, endpoint="off") as collector:
+        squared(model(x), y).mean().backward()
+        assert set(collector.moments) == {"1.weight", "1.bias"}
+        assert "its sampler failed: RuntimeError: not today" in collector.coverage.uncovered[0].reason
+    assert not caplog.records
