@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,17 @@ LAYER_STATISTICS = (
     "deviation_ratio",
     "noise_scale",
 )
+
+
+_HEADINGS = {
+    "batch_variance": ("across\nexamples", 8),
+    "step_variance": ("step\nto step", 7),
+    "temporal_variance": ("MaxVA's\ns", 7),
+    "variance_ratio": ("ρ", 5),
+    "batch_snr": ("SNR", 6),
+    "deviation_ratio": ("R_t", 6),
+    "noise_scale": ("noise\nscale", 10),
+}
 
 
 class Reader(Protocol):
@@ -136,35 +148,34 @@ def number(value: float) -> str:
 
 
 def noise_scale_text(value: float) -> str:
-    """The noise scale, or that it is not resolved: |G|² is estimated at 0 or below."""
-    return "not resolved" if np.isfinite(value) and value <= 0 else number(value)
+    """The noise scale, or that it is not resolved, where |G|² is estimated at 0 or below."""
+    return "unresolved" if np.isfinite(value) and value <= 0 else number(value)
 
 
 def layer_table(run: RunReport, *, title: str | None = None, most: int = 40) -> Table:
     """A table of the layers: three variances of the batch gradient side by side, and what follows from them."""
-    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    headings = {
-        "batch_variance": "across\nexamples",
-        "step_variance": "step to\nstep",
-        "temporal_variance": "MaxVA's s\n(inflated)",
-        "variance_ratio": "ρ",
-        "batch_snr": "SNR",
-        "deviation_ratio": "R_t",
-        "noise_scale": "noise scale\n(examples)",
-    }
+    table = Table(
+        title=title, title_justify="left", header_style="bold", pad_edge=False, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("layer", no_wrap=True)
     for name in LAYER_STATISTICS:
-        table.add_column(headings[name], justify="right", no_wrap=True)
+        heading, width = _HEADINGS[name]
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     values = {name: run.layers(name) for name in LAYER_STATISTICS}
     names = [layer.name for layer in run.status.run.layers]
     order = range(len(names)) if len(names) <= most else np.argsort(-np.nan_to_num(values["batch_variance"]))[:most]
     for index in order:
-        table.add_row(names[index], *(_cell(name, float(values[name][index])) for name in LAYER_STATISTICS))
+        table.add_row(_short(names[index]), *(_cell(name, float(values[name][index])) for name in LAYER_STATISTICS))
     table.add_section()
     table.add_row("whole model", *(_cell(name, run.model(name)) for name in LAYER_STATISTICS), style="bold")
     if len(names) > most:
         table.caption = f"{most} of {len(names)} layers, those of the largest variance"
     return table
+
+
+def _short(layer: str, most: int = 24) -> str:
+    """The end of a long layer name: it tells layers apart."""
+    return layer if len(layer) <= most else "…" + layer[1 - most :]
 
 
 def _cell(name: str, value: float) -> str:

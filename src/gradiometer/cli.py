@@ -103,13 +103,14 @@ def runs(data: _Data = _DATA, endpoint: _Endpoint = None) -> None:
         return
     table = Table(header_style="bold", box=None, pad_edge=False)
     for heading in ("run", "framework", "layers", "measured", "steps", "last step"):
-        table.add_column(heading, justify="right" if heading in ("layers", "steps", "last step") else "left")
+        numeric = heading in ("layers", "steps", "last step")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
     for status in found:
         spec = status.run
         share = spec.coverage.num_params_measured / spec.coverage.num_params if spec.coverage.num_params else None
         table.add_row(
             spec.run_id,
-            f"{spec.world.framework} {spec.world.framework_version}".strip() or "–",
+            spec.world.framework or "–",
             str(len(spec.layers)),
             "–" if share is None else f"{share:.1%}",
             f"{status.stored_steps:,}",

@@ -50,11 +50,11 @@ def train(steps: int, *, run: str | None = None, endpoint: str | None = None, se
     """Train, measured at every step."""
     images, labels = digits()
     model = DigitNet()
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1)))
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1)))["params"]
     optimizer = madam(2e-3, b2=0.99, weight_decay=0.01)
 
     def loss_fn(params: optax.Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = model.apply(params, batch[0])
+        logits = model.apply({"params": params}, batch[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     measured = gm.value_and_grad(loss_fn)
@@ -68,7 +68,8 @@ def train(steps: int, *, run: str | None = None, endpoint: str | None = None, se
 
     opt_state, temporal = optimizer.init(params), gm.init_temporal(params)
     draw = np.random.default_rng(seed)
-    with gm.Publisher(run, endpoint, params=params, config={"optimizer": "madam", "batch": str(BATCH)}) as publisher:
+    facts = {"optimizer": "madam", "temporal": "optimizer"}  # whose moments summarize was given
+    with gm.Publisher(run, endpoint, params=params, config=facts) as publisher:
         for number in range(steps):
             rows = draw.integers(0, len(labels), BATCH)
             batch = (images[rows], labels[rows])
