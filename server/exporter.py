@@ -50,7 +50,8 @@ class ExportSettings:
         all_layers: every layer of every model, up to ``max_series``.
         max_series: at most so many series of single layers, over all runs; what is left out is counted in
             ``gradiometer_exposition_dropped_series``.
-        linger_seconds: a run without data for so long is not exported any more (Prometheus then ends its series).
+        linger_seconds: a run without data for so long (or for four of its own steps, if they are slower) is not
+            exported any more; Prometheus then ends its series.
     """
 
     all_layers_up_to: int = 64
@@ -105,7 +106,7 @@ class RunsCollector(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """The runs as they are now, one family after the other."""
         lingers = self._settings.linger_seconds
-        views = [view for view in self._live.runs() if self._live.silent_seconds(view) <= lingers]
+        views = [view for view in self._live.runs() if not self._live.is_silent(view, lingers)]
         chosen = {view.run.run_id: self._choose(view) for view in views}
         self._chosen = chosen
         room = self._settings.max_series

@@ -147,6 +147,10 @@ class Live:
         """How long ago a run showed a sign of life."""
         return max(0.0, self._clock() - view.seen)
 
+    def is_silent(self, view: RunView, after: float) -> bool:
+        """True where a run showed no sign of life for so many seconds, or for four of its own steps if they are slow."""
+        return self.silent_seconds(view) > max(after, 4 * view.step_seconds())
+
     @contextlib.asynccontextmanager
     async def subscribe(self, run_id: str | None = None, *, limit: int = 64) -> AsyncIterator[Subscription]:
         """Registrations and batches from now on: of one run, or of all (None, or the empty string).

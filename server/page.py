@@ -112,6 +112,7 @@ def numbers(view: RunView, *, layer: int | None = None) -> dict[str, Any]:
         "window_steps": len(view.window),
         "received": view.received,
         "measured_unix_ms": view.window[-1].unix_nanos // 1_000_000 if view.window else None,
+        "step_seconds": _number(view.step_seconds()),
         "examples": _number(view.model("count")),
         "examples_per_second": _number(view.examples_per_second()),
         "scalars": {name: {"value": _number(found.value), "step": found.step} for name, found in scalars.items()},

@@ -166,6 +166,11 @@ class RunView:
                 return Scalar(float(value), measured.step)
         return None
 
+    def step_seconds(self) -> float:
+        """Typical time from one measured step to the next, over the window; 0 before two steps."""
+        times = np.array([step.unix_nanos for step in self.window], np.float64)
+        return float(np.median(np.diff(times))) / 1e9 if len(times) > 1 else 0.0
+
     def examples_per_second(self) -> float:
         """Examples that the job trains on in a second, over the window; NaN before two steps.
 

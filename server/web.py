@@ -121,7 +121,7 @@ class _Pages:
         found = {status.run.run_id: self._listed(status) for status in self._store.list_runs()}
         for view in self._live.runs():
             entry = found.setdefault(view.run.run_id, _entry(view.run))
-            entry["live"] = self._live.silent_seconds(view) < _LIVE_SECONDS and bool(view.window)
+            entry["live"] = bool(view.window) and not self._live.is_silent(view, _LIVE_SECONDS)
             if view.window:
                 entry["last_step"] = view.last_step
                 entry["last_unix_ms"] = view.window[-1].unix_nanos // 1_000_000

@@ -262,7 +262,7 @@ function tick() {
   if (state.gone || !state.numbers) return;
   const silent = (performance.now() - state.data) / 1000;
   if (state.numbers.step === null) status("Waiting for the first step", "");
-  else if (silent < SILENT) status("Training", "live");
+  else if (silent < Math.max(SILENT, 4 * state.numbers.step_seconds)) status("Training", "live");
   else status(silent < 60 ? `No new step for ${duration(silent)}` : `Last step ${duration(silent)} ago`, "");
 }
 

@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from gradiometer.server.live import Live
-from tests.webserver import make_batch, make_run
+from tests.webserver import SECOND, make_batch, make_run
 
 
 class Clock:
@@ -54,6 +54,16 @@ def test_a_batch_read_back_from_the_store_is_no_sign_of_life(clock):
     assert live.silent_seconds(live.view("a")) == clock.now - 5
     live.append("a", make_batch([1]))
     assert live.silent_seconds(live.view("a")) == 0
+
+
+def test_a_job_of_slow_steps_is_not_taken_for_a_silent_one(clock):
+    live = Live(clock=clock)
+    live.register(make_run("a", started_unix_nanos=0))
+    live.append("a", make_batch([0, 1, 2], nanos=[0, 200 * SECOND, 400 * SECOND]))
+    clock.now += 700
+    assert not live.is_silent(live.view("a"), 60)
+    clock.now += 200
+    assert live.is_silent(live.view("a"), 60)
 
 
 def test_subscribers_hear_registrations_and_batches_of_their_run():
