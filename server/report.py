@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -155,7 +154,7 @@ def noise_scale_text(value: float) -> str:
 def layer_table(run: RunReport, *, title: str | None = None, most: int = 40) -> Table:
     """A table of the layers: three variances of the batch gradient side by side, and what follows from them."""
     table = Table(
-        title=title, title_justify="left", header_style="bold", pad_edge=False, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=title, title_justify="left", header_style="bold", pad_edge=False, box=None, padding=(0, 1, 0, 0)
     )
     table.add_column("layer", no_wrap=True)
     for name in LAYER_STATISTICS:
@@ -166,7 +165,7 @@ def layer_table(run: RunReport, *, title: str | None = None, most: int = 40) -> 
     order = range(len(names)) if len(names) <= most else np.argsort(-np.nan_to_num(values["batch_variance"]))[:most]
     for index in order:
         table.add_row(_short(names[index]), *(_cell(name, float(values[name][index])) for name in LAYER_STATISTICS))
-    table.add_section()
+    table.add_row()
     table.add_row("whole model", *(_cell(name, run.model(name)) for name in LAYER_STATISTICS), style="bold")
     if len(names) > most:
         table.caption = f"{most} of {len(names)} layers, those of the largest variance"

@@ -57,8 +57,9 @@ def play(data: Path, *, torch_steps: int, jax_steps: int, plain: bool, keep: boo
         if keep:
             console.print(f"{addresses}\nThe server stays up until you press Ctrl-C.")
             _wait(stage)
+    console.print(f"Kept in {data}/. Look again:")
     console.print(
-        f"Kept in {data}/: `gradiometer runs --data {data}`, `gradiometer report {jobs[0].run} --data {data}`"
+        f"  gradiometer runs --data {data}\n  gradiometer report {jobs[0].run} --data {data}", highlight=False
     )
 
 

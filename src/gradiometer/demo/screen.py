@@ -99,11 +99,14 @@ class Screen:
             if run is None:
                 said.append(f"{job.title}: {'ended' if job.ended else 'starting'}")
                 continue
+            shown = {
+                "across examples": "batch_variance", "step to step": "step_variance", "MaxVA's s": "temporal_variance",
+                "ρ": "variance_ratio", "SNR": "batch_snr",
+            }  # fmt: skip
+            numbers = "  ".join(f"{label} {number(run.model(name))}" for label, name in shown.items())
             said.append(
-                f"{job.title}: step {run.steps[-1] + 1}/{job.steps}  loss {number(_last_loss(run))}  "
-                f"across examples {number(run.model('batch_variance'))}  "
-                f"step to step {number(run.model('step_variance'))}  MaxVA's s {number(run.model('temporal_variance'))}  ρ {number(run.model('variance_ratio'))}  "
-                f"SNR {number(run.model('batch_snr'))}  noise scale {noise_scale_text(run.model('noise_scale'))}"
+                f"{job.title}: step {run.steps[-1] + 1}/{job.steps}  loss {number(_last_loss(run))}  {numbers}  "
+                f"noise scale {noise_scale_text(run.model('noise_scale'))}"
             )
         return said
 
