@@ -6,7 +6,10 @@ loss is the mean (or sum) of its rows' losses. A loss that couples its rows has 
 gradients: ``fn.check(...)`` finds out.
 """
 
+import functools
+import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -14,6 +17,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from gradiometer.collectors.endpoint import is_disabled
 from gradiometer.collectors.jax_axis import AxisName
 from gradiometer.collectors.jax_call import REDUCTIONS, Call, Options
 from gradiometer.collectors.jax_layers import leaf_name
@@ -22,6 +26,8 @@ from gradiometer.stats_core import catalog
 from gradiometer.stats_core.errors import UnsupportedModel
 
 __all__ = ["ValueAndGrad", "value_and_grad"]
+
+_log = logging.getLogger("gradiometer")
 
 _ENGINES = ("auto", "vmap", "microbatch")
 
@@ -155,6 +161,7 @@ class ValueAndGrad:
         self._loss_fn = loss_fn
         self._options = options
         self.coverage: Coverage | None = None
+        self._has_said_disabled = False
         self.engine = "vmap" if options.microbatch_size is None else "microbatch"
 
     def __call__(self, *args: Any, measure: Any = True, **kwargs: Any) -> tuple[Any, Any, Any]:
@@ -174,7 +181,12 @@ class ValueAndGrad:
             ValueError: if batch, weights or loss have the wrong shape, or no parameter is floating-point.
             TypeError: if a parameter is complex.
             UnsupportedModel: if aux holds BatchNorm's running statistics.
+
+        With ``GRADIOMETER_DISABLE=1`` in the environment every step is a plain one.
         """
+        if is_disabled(os.environ):
+            measure = False
+            self._say_disabled()
         call = Call(self._loss_fn, self._options, args, kwargs)
         self.coverage = Coverage(num_params=call.num_params, num_params_measured=call.num_params)
         if isinstance(measure, bool | np.bool_):
@@ -184,6 +196,12 @@ class ValueAndGrad:
         grads = call.as_params(found.grads, absent=jax.numpy.zeros_like)
         moments = call.as_params(found.moments, absent=lambda _: None)
         return (found.value, found.aux) if self._options.has_aux else found.value, grads, moments
+
+    def _say_disabled(self) -> None:
+        """Once: nobody should look for numbers that were asked not to be."""
+        if not self._has_said_disabled:
+            self._has_said_disabled = True
+            _log.warning("GRADIOMETER_DISABLE is set: gradients are plain, and Moments have a count of 0")
 
     def check(self, *args: Any, tolerance: float = 1e-2, **kwargs: Any) -> None:
         """Compare the mean of the rows' gradients with the plain gradient: once, before training, outside ``jit``.
@@ -216,8 +234,16 @@ loss_reduction and weights_argnum to what the loss does
                 f"value_and_grad.check needs a loss without randomness, got rng_argnums={self._options.rng_argnums}; "
                 "check the same loss with dropout off"
             )
+        used = (*self._options.argnums, *self._options.batch_argnums, *_positions(self._options.weights_argnum))
+
+        def grads_of(arrays: dict[int, Any], *, measure: bool) -> Any:
+            given = [arrays.get(place, value) for place, value in enumerate(args)]
+            return self(*given, measure=measure, **kwargs)[1]
+
+        arrays = {place: args[place] for place in used}
         measured, plain = (
-            jax.tree_util.tree_leaves_with_path(self(*args, measure=way, **kwargs)[1]) for way in (True, False)
+            jax.tree_util.tree_leaves_with_path(jax.jit(functools.partial(grads_of, measure=way))(arrays))
+            for way in (True, False)
         )
         worst, culprit = _largest_difference(
             [(leaf_name(keys), np.asarray(leaf, np.float64)) for keys, leaf in plain],

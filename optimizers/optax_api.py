@@ -49,7 +49,7 @@ class MadamState(NamedTuple):
         s: their centred variance.
         w: total weight.
         rule: the coefficients in force.
-        denominator_max: largest denominator so far with ``amsgrad``, else None.
+        max_denominator: largest denominator so far with ``amsgrad``, else None.
     """
 
     count: Any
@@ -58,7 +58,7 @@ class MadamState(NamedTuple):
     s: Any
     w: Any
     rule: MadamRule
-    denominator_max: Any = None
+    max_denominator: Any = None
 
 
 def madam(
@@ -204,7 +204,7 @@ def scale_by_madam(
             return m / correction / denominator, m, u, s, w, most
 
         fields = [jax.tree.leaves(field) for field in (state.m, state.u, state.s, state.w)]
-        largest = jax.tree.leaves(state.denominator_max) if amsgrad else [None] * len(grads)
+        largest = jax.tree.leaves(state.max_denominator) if amsgrad else [None] * len(grads)
         results = [one(*leaf) for leaf in zip(grads, tau2s, *fields, largest, strict=True)]
         steps, m, u, s, w, most = (
             jax.tree.unflatten(jax.tree.structure(updates), [result[i] for result in results]) for i in range(6)
