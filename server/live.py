@@ -148,7 +148,7 @@ class Live:
         return max(0.0, self._clock() - view.seen)
 
     def is_silent(self, view: RunView, after: float) -> bool:
-        """True where a run showed no sign of life for so many seconds, or for four of its own steps if they are slow."""
+        """True where a run was silent for so many seconds, or for four of its own steps if they are slower."""
         return self.silent_seconds(view) > max(after, 4 * view.step_seconds())
 
     @contextlib.asynccontextmanager
