@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grpc
 import structlog
 import uvicorn
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from gradiometer.protos import ingest_pb2, ingest_pb2_grpc, query_pb2, query_pb2_grpc
@@ -95,6 +95,8 @@ async def serve(
             server, checks = _grpc_server(settings, ingest, QueryServicer(store, live))
             bound = Bound(_bind(server, Address.parse(settings.grpc)), _name(settings.http, listener))
             await server.start()
+            for name in _SERVICES:
+                await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
             serving = asyncio.create_task(web.serve(sockets=[listener]))
             await web.is_up.wait()
             _log.info("serving", grpc=bound.grpc, http=f"http://{bound.http}", data=str(settings.data))

@@ -98,12 +98,13 @@ class Engine:
     def _explained(self) -> Iterator[None]:
         try:
             yield
+        except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException) as error:
+            raise _not_taken(error) from error
         except duckdb.Error as error:
             for segments in self._snapshot.segments.values():
                 for segment in segments:
                     check(self._directory, segment)
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(f"sql needs a query that DuckDB takes, got error={first!r}; correct the query") from error
+            raise _not_taken(error) from error
 
     def _check_size(self, segment: Segment) -> None:
         # Cheap, for every query; the bytes are compared with the manifest only after a failure.
@@ -134,3 +135,8 @@ def _escaped(path: str) -> str:
 def identifiers(values: Sequence[str]) -> str:
     """Column names as SQL writes them, separated by commas."""
     return ", ".join('"' + value.replace('"', '""') + '"' for value in values)
+
+
+def _not_taken(error: duckdb.Error) -> ValueError:
+    first = str(error).strip().splitlines()[0]
+    return ValueError(f"sql needs a query that DuckDB takes, got error={first!r}; correct the query")

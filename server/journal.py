@@ -167,7 +167,7 @@ class Journal:
                 row = RunRow(cursor.lastrowid or 0, run)
             else:
                 row = replace(known, run=run)
-                self._update(row)
+                self._update(row, known)
         self._runs[run.run_id] = row
         return run, known is None
 
@@ -186,8 +186,8 @@ class Journal:
         now = time.time_ns()
         with self._transaction():
             outcomes = [self._insert(entry, runs, marks, now) for entry in entries]
-            for row in runs.values():
-                self._update(row)
+            for run_id, row in runs.items():
+                self._update(row, self._runs[run_id])
             self._db.executemany(
                 "INSERT INTO marks VALUES (?, ?, ?) "
                 "ON CONFLICT DO UPDATE SET durable_sequence = excluded.durable_sequence",
@@ -240,18 +240,12 @@ class Journal:
         marks[key] = entry.sequence
         return True
 
-    def _update(self, row: RunRow) -> None:
+    def _update(self, row: RunRow, before: RunRow) -> None:
+        if row.run is not before.run:  # some hundred kB where there are many layers
+            self._db.execute("UPDATE runs SET body = ? WHERE run_key = ?", (row.run.SerializeToString(), row.run_key))
         self._db.execute(
-            "UPDATE runs SET body = ?, stored_steps = ?, last_step = ?, last_unix_nanos = ?, repeats = ? "
-            "WHERE run_key = ?",
-            (
-                row.run.SerializeToString(),
-                row.stored_steps,
-                row.last_step,
-                row.last_unix_nanos,
-                row.repeats,
-                row.run_key,
-            ),
+            "UPDATE runs SET stored_steps = ?, last_step = ?, last_unix_nanos = ?, repeats = ? WHERE run_key = ?",
+            (row.stored_steps, row.last_step, row.last_unix_nanos, row.repeats, row.run_key),
         )
 
     @contextmanager

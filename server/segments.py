@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -63,10 +64,12 @@ def write(directory: Path, run_id: str, kind: str, table: Any) -> Segment:
     if not folder.exists():
         folder.mkdir(parents=True)
         sync_directory(directory)
+    # Numbers hardly repeat: a dictionary of them takes six times as long to write, and half as much room again.
+    named = [field.name for field in table.schema if pa.types.is_dictionary(field.type)]
     temporary = folder / f"{name}.tmp"
     try:
         with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd", row_group_size=_ROW_GROUP)
+            pq.write_table(table, file, compression="zstd", row_group_size=_ROW_GROUP, use_dictionary=named)
             file.flush()
             os.fsync(file.fileno())
         with temporary.open("rb") as file:

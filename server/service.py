@@ -122,7 +122,7 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
             self._meters.stream_closed()
             self._readers.discard(reader)
             reader.cancel()
-            await asyncio.wait([reader])
+            await asyncio.gather(reader, return_exceptions=True)
 
     async def _read(
         self, session: IngestSession, requests: AsyncIterator[ingest_pb2.PublishRequest], pending: Queue

@@ -12,7 +12,7 @@ from gradiometer.protos.batch_pb2 import StepBatch
 from gradiometer.protos.query_pb2 import RunStatus
 from gradiometer.protos.run_pb2 import Run
 from gradiometer.server import segments
-from gradiometer.server.datadir import DataDirectory
+from gradiometer.server.datadir import DataDirectory, sync_directory
 from gradiometer.server.journal import Entry, Journal
 from gradiometer.server.meters import Meters
 from gradiometer.server.query import Reader
@@ -97,6 +97,7 @@ class EmbeddedStore:
         try:
             self._journal = Journal(self._directory.journal)
             self._directory.segments.mkdir(exist_ok=True)
+            sync_directory(settings.data)
             self._recover()
             self._reader = Reader(settings.data)
             self._writer = Writer(self._journal, self.meters)

@@ -95,8 +95,12 @@ def _column(
     if all(lacks):
         return pa.nulls(len(order) * num_layers, pa.float32())
     sizes = [len(batch.steps) for _, batch in arrived]
-    blank = (np.full((size, num_layers), np.nan, np.float32) for size in sizes)
-    values = np.concatenate([batch.get(name, gap) for batch, gap in zip(columns, blank, strict=True)])
+    values = np.concatenate(
+        [
+            batch[name] if name in batch else np.zeros((size, num_layers), np.float32)
+            for batch, size in zip(columns, sizes, strict=True)
+        ]
+    )
     mask = np.tile(np.repeat(lacks, sizes)[order], num_layers) if any(lacks) else None
     return pa.array(values[order].T.ravel(), mask=mask)
 
@@ -189,7 +193,7 @@ def _coverage(run: Run, arrived: Sequence[Arrived]) -> Any:
         [
             {
                 "run": run.run_id,
-                "step": batch.steps[0] if batch.steps else 0,
+                "step": batch.steps[0] if batch.steps else max((event.step for event in batch.events), default=0),
                 "unix_nanos": batch.unix_nanos[0] if batch.steps else 0,
                 "arrival": arrival,
                 "num_params": batch.coverage.num_params,

@@ -65,6 +65,7 @@ class Writer:
         The future holds a `StoreError` where the disk failed, and the journal's fault where the batch was not taken.
         """
         item = _Append(entry, entry.batch.ByteSize(), Future())
+        item.future.set_running_or_notify_cancel()  # it can't be taken back
         with self._lock:
             if self._closed:
                 item.future.set_exception(_stopping())
@@ -78,7 +79,8 @@ class Writer:
         future: Future[Result] = Future()
 
         def run() -> None:
-            future.set_result(change(self._journal))
+            if future.set_running_or_notify_cancel():
+                future.set_result(change(self._journal))
 
         with self._lock:
             if self._closed:
