@@ -76,6 +76,7 @@ class Outbox:
         self._away = False
         self._complained = False
         self._closed = False
+        self._inherited: Spool | None = None
         self._changed = threading.Condition()
         _living.add(self)
 
@@ -123,7 +124,8 @@ class Outbox:
             if number < self.acknowledged:
                 self.collector_id, self._offset = new_collector_id(), self.acknowledged
                 if self._spool:
-                    self._spool.renumber(self.collector_id, self._offset)
+                    with suppress(sqlite3.Error):  # a full disk: only a crash from now on would tell
+                        self._spool.renumber(self.collector_id, self._offset)
                 return False
             self._acknowledge(number)
             return True
@@ -267,8 +269,11 @@ class Outbox:
         """In a forked child: the parent alone goes on."""
         self._closed, self._make_spool = True, None
         self._memory.clear()
+        self.acknowledged = self.last
         if self._spool:
             self._spool.abandon()
+            # Neither used nor closed, which SQLite forbids on this side of a fork.
+            self._inherited, self._spool = self._spool, None
 
 
 def _before_fork() -> None:

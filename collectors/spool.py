@@ -122,7 +122,8 @@ class Spool:
             database = _connect(path, "rw")
             if database.execute("PRAGMA user_version").fetchone()[0] > _FORMAT:
                 raise SpoolBusy(path)
-            return cls(path, database, lock)
+            spool = cls(path, database, lock)
+            spool.numbers()  # if this can't be read, nobody could go on
         except BaseException as error:
             if database is not None:
                 database.close()
@@ -130,6 +131,7 @@ class Spool:
             if isinstance(error, (TypeError, DecodeError)):
                 raise sqlite3.DatabaseError("no collector in it") from error
             raise
+        return spool
 
     def append(self, batches: Iterable[tuple[int, bytes]]) -> None:
         """Keep numbered batches; all or none.

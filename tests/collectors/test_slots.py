@@ -83,7 +83,9 @@ def test_pressure_is_told_when_more_than_half_is_taken() -> None:
 )
 def test_rows_of_another_form_are_refused_and_take_no_slot(wrong: np.ndarray) -> None:
     slots = Slots(2, 3, count=1)
-    with pytest.raises(TypeError, match=r"record_rows needs rows of float32, C-contiguous, of shape \(2, 3\), got shape"):
+    with pytest.raises(
+        TypeError, match=r"record_rows needs rows of float32, C-contiguous, of shape \(2, 3\), got shape"
+    ):
         slots.put_rows(0, 0, {}, wrong)
     slots.put_rows(0, 0, {}, rows(1.0))
     assert (len(slots), slots.dropped) == (1, 0)

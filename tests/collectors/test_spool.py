@@ -121,16 +121,17 @@ def test_a_damaged_spool_is_set_aside_with_one_line(
     assert spools(spool_folder) == ["bad.damaged", "good.spool", "good.spool.lock"]
 
 
-def test_a_damaged_page_is_found_when_it_is_read(spool_folder: Path) -> None:
+def test_damaged_pages_are_found_when_it_is_opened(spool_folder: Path) -> None:
     path = filled(spool_folder, batches=200)
     content = bytearray(path.read_bytes())
     content[4096 * 2 :] = b"\xff" * (len(content) - 4096 * 2)
     path.write_bytes(content)
-    spool = Spool.open(path)
     with pytest.raises(sqlite3.DatabaseError):
-        for number in range(1, 201):
-            spool.read(number)
-    spool.close()
+        Spool.open(path)
+    path.unlink()
+    with pytest.raises(SpoolBusy):
+        Spool.open(path)
+    assert spools(spool_folder) == []
 
 
 def test_a_spool_of_a_newer_version_is_left_alone(spool_folder: Path) -> None:
