@@ -72,7 +72,10 @@ class EventStream:
             finally:
                 for task in (reader, writer):
                     task.cancel()
-                await asyncio.gather(reader, writer, return_exceptions=True)
+                ended = (await asyncio.gather(reader, writer, return_exceptions=True))[1]
+        # A reader that went away or took too long is no fault of ours; anything else is, and is heard of.
+        if isinstance(ended, Exception) and not isinstance(ended, OSError):  # a TimeoutError is an OSError
+            raise ended
 
     async def _follow(self, subscription: Subscription, send: Send) -> None:
         async def say(text: str) -> None:

@@ -17,6 +17,7 @@ const COLUMNS = Object.keys(HEADINGS);
 export class Table {
   // `onChoose` hears a layer's name, or "" for the whole model.
   constructor(element, onChoose) {
+    this.element = element;
     this.head = element.tHead;
     this.body = element.tBodies[0];
     this.onChoose = onChoose;
@@ -76,6 +77,7 @@ export class Table {
       row.addEventListener("click", () => this.onChoose(name));
       return { name, kind, num_params: size, row, head, values: {} };
     };
+    this.element.classList.toggle("kindless", !layers.kind.some(Boolean)); // JAX knows no classes of layers
     const total = layers.num_params.reduce((sum, size) => sum + size, 0);
     this.model = make("", "whole model", "", total, "All measured layers together");
     this.model.row.className = "model";

@@ -47,5 +47,5 @@ export function meaningOfRho(rho) {
     "Learning rate times curvature does this, or examples that are alike within a batch.";
   if (rho < 0.9) return "Below 1: consecutive batches differ less than independent draws would, as with stratified " +
     "batches or batches that share examples.";
-  return "1: only example noise. The gradient changes from step to step as much as the drawn examples explain.";
+  return "About 1: only example noise. The gradient changes from step to step as much as the drawn examples explain.";
 }

@@ -5,6 +5,8 @@ import json
 import socket
 from collections.abc import Iterator
 
+import pytest
+
 from gradiometer.server.events import EventStream
 from gradiometer.server.live import Live
 from tests.webserver import SECOND, make_batch, make_run, poll, serving
@@ -171,6 +173,19 @@ def test_a_reader_that_takes_nothing_is_let_go():
         return len(live._subscriptions)
 
     assert asyncio.run(scenario()) == 0
+
+
+def test_a_fault_of_our_own_is_heard_of(monkeypatch):
+    live = Live()
+    live.register(make_run())
+    live.append("mnist-1", make_batch([0]))
+    monkeypatch.setattr("gradiometer.server.events.numbers", lambda *_, **__: 1 / 0)
+
+    async def send(_: dict) -> None:
+        return
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(asyncio.wait_for(_stream(live, send), 10))
 
 
 def test_a_quiet_stream_is_kept_open_by_comments():

@@ -246,7 +246,7 @@ def test_numbers_are_put_into_words(shown):
         "–",
     ]
     begins = in_page(shown, "words", "[null, 1, 1.5, 0.5].map((x) => m.meaningOfRho(x).slice(0, 7))")
-    assert begins == ["ρ appea", "1: only", "Above 1", "Below 1"]
+    assert begins == ["ρ appea", "About 1", "Above 1", "Below 1"]
 
 
 @pytest.mark.parametrize(
