@@ -175,13 +175,11 @@ def attach(
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"attach needs a torch.nn.Module, got model of type {type(model).__name__}; pass the model itself"
-        )
-    if hasattr(model, "_orig_mod"):
+        raise TypeError(f"attach needs a torch.nn.Module, got model={type(model).__name__}; pass the model itself")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(
-            "attach needs a model that is not compiled, got an OptimizedModule; attach to the model that was given to "
-            "torch.compile, and train that"
+            f"attach needs a model that is not compiled, got model={type(model).__name__}; attach to the model as it "
+            "was before torch.compile, and train that"
         )
     if any(module in attached for module in model.modules()):
         raise ValueError(

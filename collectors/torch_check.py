@@ -86,10 +86,7 @@ class FirstSight:
 
     def after_backward(self, done: Pass) -> None:
         """Compare the sums that were watched; what does not add up becomes missing."""
-        for handle in self._watching:
-            handle.remove()
-        self._watching.clear()
-        grads, self._grads = self._grads, {}
+        grads = self._unwatch()
         compared = [p for p in grads if p in done.moments]
         if compared:
             found = torch.stack([self._difference(done, p, grads[p]) for p in compared]).tolist()
@@ -103,6 +100,7 @@ class FirstSight:
 
     def _watch(self, done: Pass, calls: dict[nn.Module, list[Call]]) -> None:
         """Ask autograd for the gradients of the parameters whose sums were never compared."""
+        self._unwatch()
         open_sums = set()
         for module in calls:
             for parameter in self._plan.parameters_of(module):
@@ -115,6 +113,14 @@ class FirstSight:
             for parameter in open_sums:  # on the graph's node, not on the parameter: that would leave a trace on it
                 node = torch.autograd.graph.get_gradient_edge(parameter).node
                 self._watching.append(node.register_prehook(partial(self._note_grad, parameter)))
+
+    def _unwatch(self) -> dict[nn.Parameter, Tensor]:
+        """The gradients that were seen since; nothing is watched any more."""
+        for handle in self._watching:
+            handle.remove()
+        self._watching.clear()
+        grads, self._grads = self._grads, {}
+        return grads
 
     def _note_grad(self, parameter: nn.Parameter, grads: tuple[Tensor | None, ...]) -> None:
         if grads[0] is not None and not grads[0].is_sparse:

@@ -29,7 +29,8 @@ class TorchCollector(StepFollower):
         """
         if not self._is_measured:
             return {}
-        return {self._plan.names[parameter]: moments for parameter, moments in self._batch.all().items()}
+        found = self._batch.all()
+        return {name: found[parameter] for parameter, name in self._plan.names.items() if parameter in found}
 
     @property
     def coverage(self) -> Coverage:

@@ -129,7 +129,7 @@ class Engine:
         self._on_spoilt = on_spoilt
         self._on_error = on_error
         self._current: Pass | None = None
-        self._task: int | None = None  # the backward pass seen last
+        self._under_way: Pass | None = None  # whose backward pass runs
         self._handles: list[Any] = []
         self.seconds = 0.0
         """Time that the hooks have taken on the training thread, since it was last set to 0."""
@@ -144,7 +144,7 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._current = None
+        self._current = self._under_way = None
 
     def begin(self, started: Pass) -> None:
         """A forward pass of the model begins."""
@@ -228,19 +228,21 @@ class Engine:
             return False
         task = torch._C._current_graph_task_id()
         if done._task is None:
-            if self._task == task:  # another forward pass has had it
+            other = self._under_way
+            if other is not None and other._task == task:
                 reason = "one backward pass went through two forward passes of the model"
-                return self._give_up(done, reason) if done.measured else False
-            done._task = self._task = task
+                return self._give_up(reason, done, other) if done.measured else False
+            done._task, self._under_way = task, done
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._finished, done))
         elif done._task != task and done.measured:
-            return self._give_up(done, "two backward passes went through one forward pass of the model")
+            return self._give_up("two backward passes went through one forward pass of the model", done)
         return True
 
-    def _give_up(self, done: Pass, reason: str) -> bool:
-        done._given_up = True
-        done._partial.clear()
-        done.moments.clear()
+    def _give_up(self, reason: str, *passes: Pass) -> bool:
+        for done in passes:
+            done._given_up = True
+            done._partial.clear()
+            done.moments.clear()
         self._on_spoilt(reason)
         return False
 
@@ -297,10 +299,9 @@ class Engine:
     def _finished(self, done: Pass) -> None:
         """End of the backward pass: what is still open never got a gradient, and adds nothing."""
         try:
-            if done._given_up:
-                return
+            self._under_way = None
             with torch.no_grad():
-                if done.measured:
+                if done.measured and not done._given_up:
                     started = time.perf_counter()
                     self._complete(done)
                     self.seconds += time.perf_counter() - started
@@ -323,7 +324,7 @@ class Engine:
                 done.missing[parameter] = (
                     "no gradient came back to its module's output"
                     if parameter in done._left
-                    else "its module was not called in the forward pass; a weight used by function is not seen"
+                    else "no call of its module was seen; a weight used by function, or a compiled module, shows no hook"
                 )
         self._verifier.after_backward(done)
 

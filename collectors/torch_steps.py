@@ -33,7 +33,7 @@ __all__ = ["Settings", "StepFollower", "attached"]
 _log = logging.getLogger("gradiometer")
 
 attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""Models that a collector is attached to."""
+"""Modules of the models that a collector is attached to."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class StepFollower:
             on_error=self._turn_off,
         )
         self._batch_norms = batch_norms(model)
+        self._its_modules = weakref.WeakSet[nn.Module]()
         self._handles: list[Any] = []
         self._said: set[str] = set()
         self._is_off = self._is_paused = False
@@ -103,7 +104,8 @@ class StepFollower:
 
     def install(self) -> None:
         """Put the hooks on the model and the optimizer, and bind an optimizer that takes Moments."""
-        attached.add(self._model)
+        self._its_modules.update(self._model.modules())
+        attached.update(self._its_modules)
         if self._is_off:
             return
         model, safely = self._model, self._safely
@@ -121,7 +123,7 @@ class StepFollower:
         self._handles.clear()
         self._engine.remove()
         self._is_off, self._is_measured = True, False
-        attached.discard(self._model)
+        attached.difference_update(self._its_modules)
         self._bind(None)
 
     def _bind(self, source: Self | None) -> None:
