@@ -1,6 +1,5 @@
 """Moments across a mapped axis (``shard_map``, ``pmap``, named ``vmap``): merged exactly, by the job's collectives."""
 
-import contextlib
 from collections.abc import Hashable
 from typing import Any
 
@@ -16,7 +15,7 @@ __all__ = ["AxisName", "axis_names", "gathered", "merged", "summed", "varying", 
 AxisName = Hashable
 """The name of a mapped axis, or a tuple of such names."""
 
-# jax leaves it untyped, and has renamed the other: pvary until 0.8.
+# jax leaves the first untyped, and has renamed the others once (pvary until 0.8).
 _psum: Any = lax.psum
 _pcast: Any = getattr(lax, "pcast", None)
 _pvary: Any = getattr(lax, "pvary", None)
@@ -33,12 +32,12 @@ def varying(tree: Any, axis_name: AxisName) -> Any:
     """The same values, marked as this shard's own.
 
     ``shard_map`` sums the gradient of a replicated value over the axis by itself; the gradient of one
-    example must not be summed so. Where jax keeps no such marks, or has set them already, nothing changes.
+    example must not be summed so. Where jax keeps no such marks (``vmap``, ``check_vma=False``), nothing changes.
     """
 
     def mark(leaf: Any) -> Any:
         for name in axis_names(axis_name):
-            with contextlib.suppress(ValueError):  # marked already, or an axis of vmap, which has no marks
+            if name in _marks(lax.axis_index(name)) and name not in _marks(leaf):
                 leaf = _pcast(leaf, name, to="varying") if _pcast else _pvary(leaf, (name,))
         return leaf
 
@@ -89,3 +88,9 @@ def _everyones(local: jax.Array, axis_name: AxisName) -> jax.Array:
 def _share(weight: Any, axis_name: AxisName) -> Any:
     """This shard's share of the weight of all shards; 0 where none has any."""
     return weight / positive_or_one(_psum(weight, axis_name))
+
+
+def _marks(leaf: Any) -> Any:
+    """The names of the axes that jax knows a value to vary over."""
+    kind = jax.typeof(leaf)
+    return getattr(kind, "vma", None) or getattr(getattr(kind, "manual_axis_type", None), "varying", ())
