@@ -324,7 +324,7 @@ class Engine:
                 done.missing[parameter] = (
                     "no gradient came back to its module's output"
                     if parameter in done._left
-                    else "no call of its module was seen; a weight used by function, or a compiled module, shows no hook"
+                    else "no call of its module was seen: it was compiled, or its weight is used by function"
                 )
         self._verifier.after_backward(done)
 

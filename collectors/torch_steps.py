@@ -163,7 +163,8 @@ class StepFollower:
             return
         coupling = [name for name, module in self._batch_norms if couples(module)]
         if coupling:
-            self._turn_off(f"{', '.join(coupling[:5])} normalise over the batch, so that no example has a gradient")
+            names = ", ".join(coupling[:5])
+            self._turn_off(f"{names} normalises over the batch, so that no example has a gradient of its own")
             return
         if self._is_open and self._batch.passes and self._optimizer is not None and self._was_skipped():
             if not self._in_optimizer:

@@ -160,9 +160,8 @@ def test_batch_norm_that_starts_training_later_turns_the_collector_off(caplog: p
     squared(model(x), y).mean().backward()
     squared(model(x), y).mean().backward()
     assert collector.moments == {}
-    assert [record.message for record in caplog.records if "turned itself off" in record.message] == [
-        "the collector turned itself off, training goes on: 1 normalise over the batch, so that no example has a gradient"
-    ]
+    (said,) = [record.message for record in caplog.records if "turned itself off" in record.message]
+    assert said.endswith("1 normalises over the batch, so that no example has a gradient of its own")
     collector.detach()
 
 
@@ -360,9 +359,10 @@ def test_weights_and_ids_that_do_not_fit_are_refused_where_they_are_given() -> N
             pass
         with pytest.raises(ValueError, match="segments=None in this release"), collector.batch(segments=[[0]]):
             pass
-    with gm.attach(model, optimizer, endpoint="off", loss_reduction="weighted") as collector:
-        with pytest.raises(ValueError, match="one weight an example"), collector.batch(ids=[1, 2], weights=[1.0]):
-            pass
+    collector = gm.attach(model, optimizer, endpoint="off", loss_reduction="weighted")
+    with pytest.raises(ValueError, match="one weight an example"), collector.batch(ids=[1, 2], weights=[1.0]):
+        pass
+    collector.detach()
 
 
 def test_a_weighted_loss_without_weights_is_not_measured_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
