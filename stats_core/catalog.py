@@ -174,6 +174,7 @@ SCALARS: tuple[Scalar, ...] = (
     Scalar(
         "gradient_scale", "ratio",
         "Squared norm of the gradient the optimizer saw over that of the measured mean; what MaxVA's columns are in",
+        "gradient_scale_ratio",
     ),
     Scalar("clock_steps", "steps", "Steps since the measured step before this one", "clock_steps"),
     Scalar("overhead_seconds", "seconds", "Time that measuring took on the training thread", "overhead_seconds"),
