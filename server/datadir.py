@@ -58,8 +58,10 @@ class DataDirectory:
         return self.path / _OURS[1]
 
     def close(self) -> None:
-        """Let go of the directory."""
-        os.close(self._lock)
+        """Let go of the directory; once is enough."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _take(self) -> None:
         try:

@@ -125,14 +125,18 @@ class Journal:
     def __init__(self, path: Path) -> None:
         try:
             self._db = connect(path, writing=True)
-            self._db.executescript(_TABLES)
-            self._runs = {row.run.run_id: row for row in read_runs(self._db)}
-            self._marks: dict[tuple[str, str], int] = {
-                (run_id, collector): sequence
-                for run_id, collector, sequence in self._db.execute(
+            try:
+                self._db.executescript(_TABLES)
+                self._runs = {row.run.run_id: row for row in read_runs(self._db)}
+                marks = self._db.execute(
                     "SELECT run_id, collector_id, durable_sequence FROM marks JOIN runs USING (run_key)"
                 )
-            }
+                self._marks: dict[tuple[str, str], int] = {
+                    (run_id, collector): sequence for run_id, collector, sequence in marks
+                }
+            except BaseException:
+                self._db.close()
+                raise
         except sqlite3.Error as error:
             raise StoreError(
                 f"Store needs a sound journal, got {str(path)!r} ({error}); restore it from a copy, "
@@ -273,13 +277,18 @@ def connect(path: Path, *, writing: bool = False) -> sqlite3.Connection:
     db = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=10.0
     )
-    if writing:
+    if not writing:
+        return db
+    try:
         db.execute("PRAGMA page_size = 16384")  # batches are some ten kB: fewer overflow pages
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA secure_delete = OFF")  # rolled batches need not be overwritten with zeros
         db.execute("PRAGMA wal_autocheckpoint = 1024")
         db.execute(f"PRAGMA journal_size_limit = {64 << 20}")
+    except BaseException:
+        db.close()
+        raise
     return db
 
 

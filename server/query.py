@@ -50,6 +50,7 @@ class Reader:
         check_format(data)
         self._journal = data / "journal.db"
         self._segments = data / "segments"
+        self._checked: set[str] = set()
         self._distinct: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
@@ -118,7 +119,7 @@ class Reader:
             tuple(name for name in _COLUMNS if not columns or name in columns),
             limit or None,
         )
-        return read_range(self._segments, snapshot, selection)
+        return read_range(Engine(self._segments, snapshot, self._checked), selection)
 
     def sql(self, query: str, *, runs: Collection[str] | None = None) -> Any:
         """The result of a query over the tables of `gradiometer.server.tables` and ``runs``.
@@ -135,7 +136,8 @@ class Reader:
             StoreError: if a segment is missing or damaged.
         """
         snapshot = self._ask(lambda: take(self._journal, runs))
-        with Engine(self._segments, snapshot) as engine:
+        with Engine(self._segments, snapshot, self._checked) as engine:
+            engine.check_query(query)
             mentioned = {name.lower() for name in re.findall(r"\w+", query)}
             engine.register("runs", _runs_table(snapshot.runs))
             _define_views(engine, snapshot, [table for table in tables.SCHEMAS if table in mentioned])
@@ -147,7 +149,8 @@ class Reader:
         Raises:
             StoreError: if a segment is missing or damaged.
         """
-        with Engine(self._segments, self._ask(lambda: take(self._journal, {run_id}))) as engine:
+        snapshot = self._ask(lambda: take(self._journal, {run_id}))
+        with Engine(self._segments, snapshot, self._checked) as engine:
             return int(engine.fetch(f"SELECT count(*) AS n FROM {engine.source('layers')}")["n"][0].as_py())
 
     def _steps(self, row: RunRow) -> int:

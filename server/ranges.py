@@ -4,7 +4,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import Event, Histogram, StepBatch, TopExample
 from gradiometer.protos.run_pb2 import Coverage, Run, Uncovered
 from gradiometer.server.engine import Engine, identifiers
-from gradiometer.server.snapshot import Snapshot
 from gradiometer.stats_core import catalog
 
 __all__ = ["LAST_STEP", "Selection", "read_range"]
@@ -65,12 +63,11 @@ class _Steps:
         return _Steps(self.step[start:stop], self.unix_nanos[start:stop], self.arrival[start:stop], part)
 
 
-def read_range(directory: Path, snapshot: Snapshot, selection: Selection) -> Iterator[StepBatch]:
+def read_range(engine: Engine, selection: Selection) -> Iterator[StepBatch]:
     """The selection from a snapshot of its run, in parts.
 
     Args:
-        directory: the directory of segments.
-        snapshot: of that one run.
+        engine: knows the snapshot; closed when the parts have been read, or are read no further.
         selection: what is wanted.
 
     Yields:
@@ -79,7 +76,7 @@ def read_range(directory: Path, snapshot: Snapshot, selection: Selection) -> Ite
     Raises:
         StoreError: if a segment is missing or damaged.
     """
-    with Engine(directory, snapshot) as engine:
+    with engine:
         steps = _find_steps(engine, selection)
         per_step = 4 * selection.width * len(selection.columns) + 8 * (2 + len(steps.scalars))
         per_part = max(1, _PART_BYTES // per_step)

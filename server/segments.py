@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from gradiometer.server.datadir import sync_directory
 from gradiometer.stats_core.errors import StoreError
 
-__all__ = ["Segment", "check", "delete_garbage", "write"]
+__all__ = ["Segment", "check", "delete_garbage", "size_of", "write"]
 
 _ROW_GROUP = 128 * 1024
 
@@ -125,3 +125,11 @@ def check(directory: Path, segment: Segment) -> None:
             "restore the file from a copy",
             status="DATA_LOSS",
         )
+
+
+def size_of(directory: Path, segment: Segment) -> int:
+    """The size of its file now; -1 where there is none."""
+    try:
+        return (directory / segment.path).stat().st_size
+    except OSError:
+        return -1

@@ -74,7 +74,7 @@ def serving(chosen: Settings) -> Iterator[Bound]:
     def work() -> None:
         try:
             asyncio.run(serve(chosen, ready=ready, stop=stop))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
             failures.append(error)
         finally:
             up.set()

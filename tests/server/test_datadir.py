@@ -29,7 +29,10 @@ def test_a_second_holder_is_refused_and_told_who_holds_it(tmp_path: Path) -> Non
 
 
 def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
-    code = f"import os; from gradiometer.server.datadir import *; from pathlib import Path; DataDirectory(Path({str(tmp_path)!r})); os.kill(os.getpid(), 9)"
+    code = (
+        "import os, pathlib, gradiometer.server.datadir as d;"
+        f"d.DataDirectory(pathlib.Path({str(tmp_path)!r})); os.kill(os.getpid(), 9)"
+    )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == -9
     DataDirectory(tmp_path).close()
@@ -40,7 +43,9 @@ def test_a_directory_of_another_version_is_refused_and_left_as_it_was(tmp_path: 
     (tmp_path / "FORMAT").write_text(text)
     (tmp_path / "journal.db").write_bytes(b"of another version")
     before = listing(tmp_path)
-    with pytest.raises(StoreError, match=f"Store needs data of format {FORMAT}, got .*; use the version of gradiometer"):
+    with pytest.raises(
+        StoreError, match=f"Store needs data of format {FORMAT}, got .*; use the version of gradiometer"
+    ):
         DataDirectory(tmp_path)
     assert listing(tmp_path) == before
 
@@ -62,7 +67,7 @@ def test_other_files_beside_ours_are_no_matter(tmp_path: Path) -> None:
 
 def test_a_path_that_can_not_be_a_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="Store needs a directory that it can write, got .*choose another with --data"):
+    with pytest.raises(StoreError, match=r"needs a directory that it can write, got .*choose another with --data"):
         DataDirectory(tmp_path / "file" / "data")
 
 

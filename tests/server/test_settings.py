@@ -54,7 +54,7 @@ def test_loopback_is_recognised(host: str) -> None:
 
 @pytest.mark.parametrize("text", ["0.0.0.0:50051", "[::]:50051", "example.org:50051", "10.0.0.1:1"])
 def test_an_address_that_others_can_reach_needs_a_flag_and_earns_a_warning(text: str) -> None:
-    with pytest.raises(ValueError, match="serve needs a loopback address, got grpc=.*--allow-remote"):
+    with pytest.raises(ValueError, match=r"serve needs a loopback address, got grpc=.*--allow-remote"):
         Settings.load(grpc=text).check_reach()
     (warning,) = Settings.load(grpc=text, allow_remote=True).check_reach()
     assert "unencrypted" in warning
