@@ -6,6 +6,7 @@ Here device arrays are waited for, names are checked, and several steps become o
 import logging
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -56,19 +57,18 @@ class Packer:
         self._good_names: set[str] = set()
         self._last: tuple[int, int] | None = None  # step and drops of the last measurement that was packed
         self._wake = slots.pressure
-        self._finishing = False
+        self._deadline: float | None = None  # until which what is left is packed
         self._thread = threading.Thread(target=self._work, name="gradiometer-packer", daemon=True)
 
     def start(self) -> None:
         """Begin, in a thread."""
         self._thread.start()
 
-    def finish(self, timeout: float) -> bool:
-        """Pack what is left, then stop; False where that did not end in time."""
-        self._finishing = True
+    def finish(self, timeout: float) -> None:
+        """Pack what is left, as long as there is time and room; then stop."""
+        self._deadline = time.monotonic() + timeout
         self._wake.set()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        self._thread.join(timeout + _TICK)
 
     def refuse(self) -> None:
         """From now on drop and count: nobody will take the measurements."""
@@ -109,15 +109,19 @@ class Packer:
 
     def _work(self) -> None:
         while True:
-            last_time = self._finishing
+            deadline = self._deadline
             try:
                 self.pack()
             except Exception:  # noqa: BLE001 - nothing of this thread may reach the user's job
                 _log.exception("measurements were dropped in a way they should not have been")
-            if last_time:
+            if deadline is None:
+                self._wake.wait(_TICK)
+                self._wake.clear()
+            elif len(self._slots) == 0 or time.monotonic() > deadline:
+                self._discard(len(self._slots))
                 return
-            self._wake.wait(_TICK)
-            self._wake.clear()
+            else:
+                self._outbox.wait(_TICK / 4)  # for room
 
     def _add(self, batch: StepBatch) -> None:
         try:

@@ -3,9 +3,8 @@
 import logging
 from pathlib import Path
 
-import grpc
-
 from gradiometer.collectors.outbox import Outbox
+from gradiometer.collectors.quiet_grpc import grpc
 from gradiometer.collectors.spool import leftovers
 from gradiometer.collectors.stream import DATA_FAULTS, Metadata, Stream, status
 from gradiometer.protos.ingest_pb2_grpc import IngestServiceStub

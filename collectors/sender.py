@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import grpc
-
 from gradiometer.collectors.endpoint import Credentials, Endpoint
 from gradiometer.collectors.outbox import Outbox
+from gradiometer.collectors.quiet_grpc import grpc
 from gradiometer.collectors.replay import replay
 from gradiometer.collectors.stream import DATA_FAULTS, ENVIRONMENT_FAULTS, Metadata, Stream, open_channel, status
 from gradiometer.protos.ingest_pb2_grpc import IngestServiceStub

@@ -26,10 +26,10 @@ _log = logging.getLogger("gradiometer")
 SUFFIX = ".spool"
 _FORMAT = 1
 _PAGE = 4096
-_SCHEMA = """
-CREATE TABLE collector (run BLOB NOT NULL, id TEXT NOT NULL, number_offset INTEGER NOT NULL);
-CREATE TABLE batch (number INTEGER PRIMARY KEY, body BLOB NOT NULL);
-"""
+_SCHEMA = (
+    "CREATE TABLE collector (run BLOB NOT NULL, id TEXT NOT NULL, number_offset INTEGER NOT NULL)",
+    "CREATE TABLE batch (number INTEGER PRIMARY KEY, body BLOB NOT NULL)",
+)
 
 
 class SpoolBusy(Exception):
@@ -94,10 +94,13 @@ class Spool:
             raise
         try:
             database.execute(f"PRAGMA page_size = {_PAGE}")
-            database.executescript(_SCHEMA)
-            row = (run.SerializeToString(deterministic=True), collector_id, offset)
-            database.execute("INSERT INTO collector VALUES (?, ?, ?)", row)
-            database.execute(f"PRAGMA user_version = {_FORMAT}")
+            with database:
+                database.execute("BEGIN IMMEDIATE")
+                for table in _SCHEMA:
+                    database.execute(table)
+                row = (run.SerializeToString(deterministic=True), collector_id, offset)
+                database.execute("INSERT INTO collector VALUES (?, ?, ?)", row)
+                database.execute(f"PRAGMA user_version = {_FORMAT}")
             # SQLite itself then answers "full", in the same way as a full disk does.
             database.execute(f"PRAGMA max_page_count = {max(8, max_bytes // _PAGE)}")
             return cls(path, database, lock)
@@ -121,6 +124,9 @@ class Spool:
                 raise SpoolBusy(path)
             database = _connect(path, "rw")
             if database.execute("PRAGMA user_version").fetchone()[0] > _FORMAT:
+                raise SpoolBusy(path)
+            if database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                path.unlink()  # its owner died while making it: there is nothing in it
                 raise SpoolBusy(path)
             spool = cls(path, database, lock)
             spool.numbers()  # if this can't be read, nobody could go on

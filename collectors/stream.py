@@ -10,10 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import cast
 
-import grpc
-
 from gradiometer.collectors.endpoint import Credentials, Endpoint
 from gradiometer.collectors.outbox import Outbox, SpoolDamaged
+from gradiometer.collectors.quiet_grpc import grpc
 from gradiometer.protos.batch_pb2 import StepBatch
 from gradiometer.protos.ingest_pb2 import PublishBatch, PublishHello, PublishRequest, RegisterRunRequest
 from gradiometer.protos.ingest_pb2_grpc import IngestServiceStub

@@ -25,8 +25,21 @@ def test_an_endpoint_is_read_and_written_back(text: str, endpoint: Endpoint | No
 
 @pytest.mark.parametrize(
     "text",
-    ["", "localhost", "localhost:", ":50051", "localhost:0", "localhost:65536", "localhost:x", "http://localhost:50051"]
-    + ["::1:50051", "[::1]", "a b:1", "localhost:50051/", "localhost:50051 "],
+    [
+        "",
+        "localhost",
+        "localhost:",
+        ":50051",
+        "localhost:0",
+        "localhost:65536",
+        "localhost:x",
+        "http://localhost:50051",
+        "::1:50051",
+        "[::1]",
+        "a b:1",
+        "localhost:50051/",
+        "localhost:50051 ",
+    ],
 )
 def test_a_malformed_endpoint_says_what_to_write(text: str) -> None:
     form = (

@@ -181,10 +181,8 @@ def test_drops_are_published_with_every_step(caplog: pytest.LogCaptureFixture) -
         (batch,) = bench.packed()
         bench.packed()
     np.testing.assert_array_equal(scalar_arrays(batch)["dropped_steps"], [3.0])
-    assert [record.message for record in caplog.records] == [
-        "measurements are dropped, since they come faster than they can be sent or spooled; "
-        "the number is published as dropped_steps"
-    ]
+    (line,) = caplog.records
+    assert line.message.startswith("measurements are dropped, since they come faster than they can be sent")
 
 
 def test_events_travel_with_the_steps_or_alone() -> None:

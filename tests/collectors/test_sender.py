@@ -221,7 +221,7 @@ def test_a_server_that_forgot_the_run_gets_the_rest_from_its_first_number(spool_
 
 def test_a_token_goes_with_every_call() -> None:
     with IngestServer() as server:
-        made = sender(server.port, Outbox(), token="secret")  # noqa: S106
+        made = sender(server.port, Outbox(), token="secret")
         eventually(lambda: made.state == "connected")
         made.finish(timeout=10)
         assert server.hello_metadata["authorization"] == "Bearer secret"

@@ -106,12 +106,9 @@ def test_a_full_spool_keeps_what_it_has(spool_folder: Path) -> None:
     spool.close()
 
 
-@pytest.mark.parametrize("content", [b"this is no database" * 100, b""], ids=["garbage", "empty"])
-def test_a_damaged_spool_is_set_aside_with_one_line(
-    spool_folder: Path, caplog: pytest.LogCaptureFixture, content: bytes
-) -> None:
+def test_a_damaged_spool_is_set_aside_with_one_line(spool_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     filled(spool_folder, "good")
-    (spool_folder / "bad.spool").write_bytes(content)
+    (spool_folder / "bad.spool").write_bytes(b"this is no database" * 100)
     with caplog.at_level(logging.WARNING, "gradiometer"):
         found = list(leftovers(spool_folder))
     assert [spool.collector_id for spool in found] == ["good"]
@@ -119,6 +116,26 @@ def test_a_damaged_spool_is_set_aside_with_one_line(
     assert "a damaged spool was set aside as" in caplog.text
     found[0].close()
     assert spools(spool_folder) == ["bad.damaged", "good.spool", "good.spool.lock"]
+
+
+def test_a_spool_whose_owner_died_while_making_it_is_removed_without_a_word(
+    spool_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool_folder.mkdir()
+    (spool_folder / "empty.spool").touch()
+    assert list(leftovers(spool_folder)) == []
+    assert spools(spool_folder) == []
+    assert caplog.records == []
+
+
+def test_a_database_of_something_else_is_set_aside(spool_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = filled(spool_folder)
+    with sqlite3.connect(path) as database:
+        database.execute("DELETE FROM collector")
+    database.close()
+    assert list(leftovers(spool_folder)) == []
+    assert spools(spool_folder) == ["c0.damaged"]
+    assert "(no collector in it)" in caplog.text
 
 
 def test_damaged_pages_are_found_when_it_is_opened(spool_folder: Path) -> None:

@@ -73,9 +73,11 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(monkeypatch: p
 
 
 def test_with_an_authority_the_channel_speaks_tls_and_a_plain_server_is_no_answer() -> None:
-    with IngestServer() as server:
-        with open_channel(Endpoint("127.0.0.1", server.port), Credentials(authority=b"no certificate")) as way:
-            with pytest.raises(grpc.RpcError) as caught:
-                stream(server, way, finished(range(1))).converse()
+    with (
+        IngestServer() as server,
+        open_channel(Endpoint("127.0.0.1", server.port), Credentials(authority=b"no certificate")) as way,
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            stream(server, way, finished(range(1))).converse()
         assert status(caught.value)[0] is grpc.StatusCode.UNAVAILABLE
         assert server.runs == {}
