@@ -54,5 +54,6 @@ def test_the_readmes_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIOMETER_ENDPOINT", "off")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 2
+    names: dict[str, object] = {"__name__": "readme"}  # read from top to bottom, as a person does
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(block, "README.md", "exec"), names)

@@ -75,7 +75,7 @@ def serve(
 def demo(
     data: _Data = _DATA,
     torch_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the PyTorch job.")] = 300,
-    jax_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the JAX job.")] = 1200,
+    jax_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the JAX job.")] = 2000,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the server up afterwards, until Ctrl-C.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Lines for a log in place of a live picture.")] = False,
 ) -> None:

