@@ -18,10 +18,10 @@ _ROOM = 0.7
 class Cadence:
     """The governor of measuring, shared by every collector: steps 0, k, 2k, ... are measured.
 
-    With ``every="auto"``, k is the smallest power of two at which measuring costs no more than the budget.
-    Powers of two, so that the steps of a longer k are steps of a shorter one, and a change leaves no step
-    measured twice in a row. k grows as soon as the budget is passed, and shrinks only where the shorter k
-    would leave a third of it free: costs that waver do not make it swing.
+    With ``every="auto"``, k is a small power of two at which measuring costs no more than the budget. Powers of
+    two, so that the steps of a longer k are steps of a shorter one, and a change leaves no step measured twice
+    in a row. k grows as soon as the budget is passed, and shrinks only where the shorter k would leave a third
+    of it free: costs that waver do not make it swing.
 
     Args:
         every: k, at least 1, or "auto": 16 until three measured steps have been timed.

@@ -37,6 +37,13 @@ class TrainState(train_state.TrainState):  # type: ignore[misc]  # flax has no t
             plain: Self = super().apply_gradients(grads=grads, **kwargs)
             return plain
 
+        kinds = {kind.__name__ for kind in type(self.tx).__mro__}
+        if "GradientTransformationExtraArgs" not in kinds:  # by name: optax is imported in files named after it
+            raise TypeError(
+                f"TrainState.apply_gradients needs an optimizer that takes moments, got tx={type(self.tx).__name__}; "
+                "wrap it in optax.with_extra_args_support, or leave moments out"
+            )
+
         def update(grads: Any, opt_state: Any, params: Any = None) -> Any:
             return self.tx.update(grads, opt_state, params, moments=moments)
 
