@@ -38,6 +38,7 @@ class Outbox:
         make_spool: makes the file, given the collector id and the offset; called when first needed.
         spool: instead, a file that a process left behind.
         memory_bytes: batches beyond this go to disk.
+        patience: seconds of a server's silence after which all that waits goes to disk.
 
     Attributes:
         collector_id: under which the batches are published.
@@ -60,6 +61,7 @@ class Outbox:
         *,
         spool: Spool | None = None,
         memory_bytes: int = 16 << 20,
+        patience: float = 2.0,
     ) -> None:
         numbers = spool.numbers() if spool else range(0)
         self.collector_id = spool.collector_id if spool else new_collector_id()
@@ -73,6 +75,8 @@ class Outbox:
         self._memory: dict[int, bytes] = {}
         self._memory_bytes = 0
         self._memory_limit = memory_bytes
+        self._patience = patience
+        self._waiting_since = 0.0
         self._away = False
         self._complained = False
         self._closed = False
@@ -91,10 +95,14 @@ class Outbox:
             if self._closed:
                 self.lost += 1
                 return
+            now = time.monotonic()
+            if not self._memory:
+                self._waiting_since = now
             self.last += 1
             self._memory[self.last] = body
             self._memory_bytes += len(body)
-            if self._away or self._memory_bytes > self._memory_limit:
+            silent = now - self._waiting_since > self._patience
+            if self._away or silent or self._memory_bytes > self._memory_limit:
                 self._spill()
             self._changed.notify_all()
 
@@ -226,6 +234,7 @@ class Outbox:
             with suppress(sqlite3.Error):
                 self._spool.forget(number)
         self.acknowledged = number
+        self._waiting_since = time.monotonic()
         self._changed.notify_all()
 
     def _spill(self) -> None:

@@ -215,24 +215,26 @@ def leftovers(folder: Path) -> Iterator[Spool]:
 
 def trim(folder: Path, max_bytes: int) -> None:
     """Discard the oldest files that no process owns until the folder holds at most ``max_bytes``."""
-    excess = sum(path.stat().st_size for path in _oldest_first(folder, "*")) - max_bytes
-    for path in _oldest_first(folder, "*"):
+    files = _oldest_first(folder, "*")
+    excess = sum(files.values()) - max_bytes
+    for path, size in files.items():
         if excess <= 0:
             return
         with suppress(OSError, SpoolBusy):
-            lock = _lock(path)
-            excess -= path.stat().st_size
-            _unlock(path, lock, remove=True)
+            _unlock(path, _lock(path), remove=True)
+            excess -= size
             _log.warning("%s was discarded to keep %s within %d MiB", path.name, folder, max_bytes >> 20)
 
 
-def _oldest_first(folder: Path, pattern: str) -> list[Path]:
+def _oldest_first(folder: Path, pattern: str) -> dict[Path, int]:
+    """Files and their sizes in bytes."""
     found = []
     for path in folder.glob(pattern):
         if path.suffix != ".lock" and not path.name.endswith("-journal"):
             with suppress(OSError):  # its owner may remove it meanwhile
-                found.append((path.stat().st_mtime, path))
-    return [path for _, path in sorted(found)]
+                status = path.stat()
+                found.append((status.st_mtime, path, status.st_size))
+    return {path: size for _, path, size in sorted(found)}
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:

@@ -4,6 +4,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from gradiometer.collectors.outbox import Outbox, SpoolDamaged
 from gradiometer.collectors.spool import Spool, leftovers
 from gradiometer.protos.run_pb2 import Run
-from tests.ingest import spools
+from tests.ingest import eventually, spools
 
 RUN = Run(run_id="a")
 
@@ -64,6 +65,17 @@ def test_while_the_server_is_away_everything_is_on_disk(spool_folder: Path) -> N
     box.append(b"three")
     assert box.spool.numbers() == range(1, 3)
     assert bodies(box) == [b"one", b"two", b"three"]
+    box.close()
+
+
+def test_after_a_silence_of_the_server_everything_is_on_disk(spool_folder: Path) -> None:
+    box = Outbox(lambda collector, offset: Spool.create(spool_folder, RUN, collector, offset), patience=0.0)
+    box.append(b"one")
+    assert box.spool is None
+    eventually(lambda: time.monotonic() > box._waiting_since)
+    box.append(b"two")
+    assert box.spool is not None
+    assert box.spool.numbers() == range(1, 3)
     box.close()
 
 
