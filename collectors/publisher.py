@@ -16,7 +16,7 @@ from gradiometer.collectors.endpoint import OFF, Credentials, Endpoint, is_disab
 from gradiometer.collectors.outbox import Outbox
 from gradiometer.collectors.packer import Packer
 from gradiometer.collectors.registration import complete, registration
-from gradiometer.collectors.sender import Backoff, Sender
+from gradiometer.collectors.sender import Sender
 from gradiometer.collectors.slots import Slots
 from gradiometer.protos.run_pb2 import Coverage, Run
 from gradiometer.stats_core import Summary, catalog
@@ -90,7 +90,7 @@ class Publisher:
         publisher._begin(complete(run), endpoint)
         return publisher
 
-    def _begin(self, run: Run, endpoint: str | None, backoff: Backoff | None = None) -> None:
+    def _begin(self, run: Run, endpoint: str | None) -> None:
         address = resolve(endpoint, os.environ)
         names = catalog.columns(cast("catalog.Tier", run.tier))
         step_bytes = len(names) * len(run.layers) * 4
@@ -110,9 +110,9 @@ class Publisher:
         self._ended = "off"
         if address is None or is_disabled(os.environ):
             return
-        self._connect(run, address, names, backoff)
+        self._connect(run, address, names)
 
-    def _connect(self, run: Run, address: Endpoint, names: Sequence[str], backoff: Backoff | None) -> None:
+    def _connect(self, run: Run, address: Endpoint, names: Sequence[str]) -> None:
         credentials = Credentials.of(os.environ)
         folder = spool.directory(os.environ)
 
@@ -125,9 +125,7 @@ class Publisher:
         self._outbox = Outbox(make_spool)
         self._slots = slots = Slots(len(names), len(run.layers))
         self._packer = Packer(slots, self._outbox, names, len(run.layers))
-        self._sender = Sender(
-            address, credentials, run, self._outbox, spools=folder, backoff=backoff, on_refused=self._packer.refuse
-        )
+        self._sender = Sender(address, credentials, run, self._outbox, spools=folder, on_refused=self._packer.refuse)
         self._live = True
         self._packer.start()
         self._sender.start()

@@ -96,8 +96,8 @@ class Stream:
                     continue
                 if not self._outbox.welcome(response.durable_sequence):
                     _log.warning(
-                        "the server no longer holds all that was acknowledged (another data directory?); "
-                        "what is left is sent under a new collector id"
+                        "the server does not hold all that is no longer kept here (another data directory, or a "
+                        "damaged spool); what is left is sent under a new collector id"
                     )
                     self.progressed = True
                     return
