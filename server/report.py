@@ -187,7 +187,9 @@ def render(run: RunReport, *, window: int = 64) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     for label, text in _facts(run):
         facts.add_row(Text(label, style="dim"), text)
-    table = layer_table(recent, title=f"Variance of the batch gradient three ways, over the last {len(recent.steps)} measured steps")
+    table = layer_table(
+        recent, title=f"Variance of the batch gradient three ways, over the last {len(recent.steps)} measured steps"
+    )
     return Group(Text(spec.run_id, style="bold"), facts, Text(), table, Text(), *map(Text, _meaning(recent)), Text())
 
 

@@ -29,19 +29,18 @@ def glossary() -> str:
         "",
         "Generated from `stats_core/catalog.py` by `make docs`; change it there.",
         "",
-        "Symbols: gᵢ gradient of example i's own loss, wᵢ its share of the loss (Σwᵢ = 1), ḡ = Σwᵢgᵢ the batch gradient, "
-        "n examples, aᵢ raw weights, s₂ = Σwᵢ², M₂ = Σaᵢ(gᵢ − ḡ)², t the step, u and s MaxVA's mean and variance through "
-        "time. Sums run over the elements of a layer.",
+        "Symbols: gᵢ gradient of example i's own loss, wᵢ its share of the loss (Σwᵢ = 1), "
+        "ḡ = Σwᵢgᵢ the batch gradient, n examples, aᵢ raw weights, s₂ = Σwᵢ², M₂ = Σaᵢ(gᵢ − ḡ)², t the step, "
+        "u and s MaxVA's mean and variance through time. Sums run over the elements of a layer.",
         "",
         "## Statistics of a layer",
         "",
         "| name | symbol | unit | meaning | formula | tier | how it adds up |",
         "|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| `{row.name}` | {_cell(row.symbol)} | {row.unit} | {row.help} | {_cell(row.formula)} | {row.tier} | {_KINDS[row.kind]} |"
-        for row in catalog.STATISTICS
-    ]
+    for row in catalog.STATISTICS:
+        cells = (f"`{row.name}`", _cell(row.symbol), row.unit, row.help, _cell(row.formula), row.tier, _KINDS[row.kind])
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Numbers of a step", "", "| name | unit | meaning |", "|---|---|---|"]
     lines += [f"| `{row.name}` | {row.unit} | {row.help} |" for row in catalog.SCALARS]
     return "\n".join(lines) + "\n"

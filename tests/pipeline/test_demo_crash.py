@@ -28,7 +28,7 @@ def test_killing_the_server_during_the_demo_loses_nothing_and_stores_nothing_twi
             stage.start(job)
         seen = dict.fromkeys((job.run for job in jobs), 0)
         for kill in range(1, 4):
-            eventually(lambda: any(stored(stage, job.run) > seen[job.run] for job in jobs), within=90)
+            eventually(lambda seen=seen: any(stored(stage, job.run) > seen[job.run] for job in jobs), within=90)
             before = {job.run: stored(stage, job.run) for job in jobs}
             assert stage.server is not None
             stage.server.kill()

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from gradiometer.optimizers.optax_api import madam
 
 import gradiometer as gm
 from gradiometer.demo.jax_digits import DigitNet, digits
+from gradiometer.optimizers.optax_api import madam
 from gradiometer.server.remote import RemoteStore
 from gradiometer.server.report import report
 from tests.reference import loop_layer, loop_moments

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gradiometer.optimizers.torch_api import MAdam
 from torch.nn import functional as F
 
 import gradiometer as gm
 from gradiometer.demo.torch_gpt import ByteGPT
+from gradiometer.optimizers.torch_api import MAdam
 from gradiometer.protos import wire
 from gradiometer.server.remote import RemoteStore
 from gradiometer.server.report import RunReport, report
