@@ -15,6 +15,11 @@ _KINDS = {
     "count": "the same for all layers; travels",
     "ratio": "ratio of two sums over a window of steps; formed where it is read",
 }
+_SYMBOLS = (
+    "Symbols: gᵢ gradient of example i's own loss, wᵢ its share of the loss (Σwᵢ = 1), "
+    "ḡ = Σwᵢgᵢ the batch gradient, n examples, aᵢ raw weights, s₂ = Σwᵢ², M₂ = Σaᵢ(gᵢ − ḡ)², t the step, "
+    "u and s MaxVA's mean and variance through time. Sums run over the elements of a layer."
+)
 
 
 def glossary() -> str:
@@ -29,9 +34,7 @@ def glossary() -> str:
         "",
         "Generated from `stats_core/catalog.py` by `make docs`; change it there.",
         "",
-        "Symbols: gᵢ gradient of example i's own loss, wᵢ its share of the loss (Σwᵢ = 1), "
-        "ḡ = Σwᵢgᵢ the batch gradient, n examples, aᵢ raw weights, s₂ = Σwᵢ², M₂ = Σaᵢ(gᵢ − ḡ)², t the step, "
-        "u and s MaxVA's mean and variance through time. Sums run over the elements of a layer.",
+        _SYMBOLS,
         "",
         "## Statistics of a layer",
         "",
