@@ -7,12 +7,14 @@ is used in another way). Both read a few numbers back from the device; later ste
   like a batch where T happens to be B, and whose mean over "examples" is even right. So: let the loss be that
   of one row of the model's output, and see which rows of the module's output a gradient comes back to. Only
   where it is that row alone is the leading axis the batch. Examples that depend on one another (a batch
-  normalisation of the user's own) show as well. Two short backward passes, which reach no ``.grad``.
+  normalisation of the user's own) show as well. Two short backward passes, which reach no ``.grad``
+  and draw no random number; hooks that the user has put on tensors along their way do run.
 * *Sums.* :math:`\sum_i w_i g_i` must be the gradient that autograd hands the parameter. It is not where a
   weight is also used by function, or a penalty on it is part of the loss.
 """
 
 import logging
+import math
 from functools import partial
 from typing import Any
 
@@ -90,8 +92,10 @@ class FirstSight:
         compared = [p for p in grads if p in done.moments]
         if compared:
             found = torch.stack([self._difference(done, p, grads[p]) for p in compared]).tolist()
+            largest = max((size for _, size, _ in found if math.isfinite(size)), default=0.0)
             for parameter, (difference, size, tolerance) in zip(compared, found, strict=True):
-                if size > 0 and difference >= 0:  # neither all zero nor NaN: something can be said
+                # What is not a number, or no more than the rounding of others (a bias before a norm), says nothing.
+                if math.isfinite(difference) and size > _rounding(parameter, done) * largest:
                     self._sums[parameter] = difference <= tolerance * size
         for parameter in list(done.moments):
             if self._sums.get(parameter) is False:
@@ -216,12 +220,16 @@ _NOT_THE_SUM = (
 )
 
 
+def _rounding(parameter: nn.Parameter, done: Pass) -> float:
+    """Size of a gradient that may be nothing but rounding, as a share of the largest in the model."""
+    return torch.finfo(torch.bfloat16).eps if done.half else 32 * torch.finfo(parameter.dtype).eps
+
+
 def _tolerance(parameter: nn.Parameter, done: Pass) -> float:
     """Relative difference that rounding may make between our sum and autograd's."""
     if parameter.dtype == torch.float64:
         return 1e-6
-    half = parameter.dtype in (torch.float16, torch.bfloat16) or done.half
-    return 5e-2 if half else (1e-2 if parameter.is_cuda else 1e-3)  # cuda: TF32 has 10 bits
+    return 5e-2 if done.half else (1e-2 if parameter.is_cuda else 1e-3)  # cuda: TF32 has 10 bits
 
 
 def _one_row(seed: Tensor, row: int) -> Tensor:

@@ -24,7 +24,7 @@ from gradiometer.collectors.torch_samplers import Plan
 from gradiometer.stats_core.arrays import widened
 from gradiometer.stats_core.moments import Moments
 
-__all__ = ["Call", "Engine", "LossReduction", "Pass", "Verifier"]
+__all__ = ["Call", "Engine", "LossReduction", "Pass", "Verifier", "moments_of"]
 
 LossReduction = Literal["mean", "sum", "weighted"]
 
@@ -294,7 +294,7 @@ class Engine:
         if done._left[parameter] > 0:
             done._partial[parameter] = total
         else:
-            done.moments[parameter] = Moments.from_per_example(total, done.weights)
+            done.moments[parameter] = moments_of(total, done.weights)
 
     def _finished(self, done: Pass) -> None:
         """End of the backward pass: what is still open never got a gradient, and adds nothing."""
@@ -312,7 +312,7 @@ class Engine:
     def _complete(self, done: Pass) -> None:
         for parameter, samples in done._partial.items():
             if parameter not in done.missing:
-                done.moments[parameter] = Moments.from_per_example(samples, done.weights)
+                done.moments[parameter] = moments_of(samples, done.weights)
         done._partial.clear()
         done.calls.clear()
         for parameter in self._plan.names:
@@ -329,7 +329,26 @@ class Engine:
         self._verifier.after_backward(done)
 
 
+_TILE = 1 << 18
+"""Elements of a tile: 1 MiB in float32."""
+
 _NO_CALL = Call(nn.Identity(), None, 0, torch.Size())
+
+
+def moments_of(samples: Tensor, weights: Tensor | None) -> Moments:
+    """Moments of per-example gradients; of large ones on a CPU in tiles, whose temporaries stay in its cache."""
+    batch = samples.shape[0]
+    if samples.is_cuda or samples.numel() < 2 * _TILE:
+        return Moments.from_per_example(samples, weights)
+    shape = samples.shape[1:]
+    tiles = [
+        Moments.from_per_example(tile, weights) for tile in samples.reshape(batch, -1).split(_TILE // batch + 1, 1)
+    ]
+    return tiles[0]._replace(
+        mean=torch.cat([tile.mean for tile in tiles]).reshape(shape),
+        m2=torch.cat([tile.m2 for tile in tiles]).reshape(shape),
+        sq_norms=torch.stack([tile.sq_norms for tile in tiles]).sum(0),
+    )
 
 
 def _as_computed(given: Tensor, grad: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tests.reference import LoopMoments, loop_moments
+from gradiometer.stats_core import Moments
+from tests.reference import LoopMoments, loop_moments, relative_error
 
 VOCABULARY = 11
 
@@ -339,3 +341,37 @@ def reference_moments(
     grads = example_grads(case, model, x, y)
     raw = None if weights is None else weights.double().tolist()
     return {name: loop_moments(grads[name], raw) for name in grads}
+
+
+def assert_agrees(found: Moments, wanted: LoopMoments, tolerance: float, name: str) -> None:
+    """Fail where Moments are not those of the loop."""
+    assert found.count == wanted.count
+    assert float(found.weight_sum) == pytest.approx(wanted.weight_sum, rel=tolerance)
+    assert float(found.weight_sq_sum) == pytest.approx(wanted.weight_sq_sum, rel=tolerance)
+    assert relative_error(found.mean, wanted.mean) <= tolerance, name
+    assert relative_error(found.sq_norms, wanted.sq_norms) <= tolerance, name
+    assert relative_error(found.weights, wanted.weights) <= tolerance, name
+    # As an absolute bound, which also holds where the variance is 0: the tolerance times kappa.
+    total = float(wanted.m2.sum())
+    scale = np.linalg.norm(wanted.m2) / total if total > 0 else 1.0
+    error = np.linalg.norm(found.m2.double().numpy() - wanted.m2)
+    assert error <= tolerance * scale * float(wanted.sq_norms.sum()), name
+    assert float(found.m2.min()) >= 0
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    chosen: Case | None = None,
+    clip: float | None = None,
+) -> None:
+    """Some plain training steps, each on its own batch of four."""
+    chosen = chosen or case("mlp")
+    for step in range(steps):
+        x, y = chosen.draw(4, next(model.parameters()).dtype, seed=step)
+        optimizer.zero_grad()
+        chosen.losses(model(x), y).mean().backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()

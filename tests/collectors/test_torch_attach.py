@@ -1,9 +1,5 @@
 """What attach takes and refuses, and that it leaves no trace."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 from torch import nn
@@ -164,24 +160,6 @@ def test_detaching_leaves_no_hook_and_no_attribute_behind_and_the_step_goes_on(w
         optimizer.step()
         results.append([parameter.detach().clone() for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
-
-
-def test_an_attached_model_can_be_copied_and_saved_and_the_copy_has_no_collector() -> None:
-    chosen = case("mlp")
-    model, optimizer = model_and_optimizer(variance="per_example")
-    x, y = chosen.draw(4)
-    with gm.attach(model, optimizer, endpoint="off") as collector:
-        twin = copy.deepcopy(model)
-        saved = io.BytesIO()
-        torch.save(model, saved)
-        saved.seek(0)
-        loaded = torch.load(saved, weights_only=False)
-        for other in (twin, loaded, pickle.loads(pickle.dumps(model))):
-            squared(other(x), y).mean().backward()
-            assert collector.moments == {}
-            gm.attach(other, endpoint="off").detach()
-        squared(model(x), y).mean().backward()
-        assert set(collector.moments) == {name for name, _ in model.named_parameters()}
 
 
 def test_the_collector_is_bound_to_an_optimizer_that_takes_moments_and_shares_their_storage() -> None:

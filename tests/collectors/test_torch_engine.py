@@ -8,25 +8,11 @@ import torch
 from torch import nn
 
 import gradiometer as gm
+from gradiometer.collectors.torch_engine import moments_of
 from tests.reference import loop_moments, relative_error
-from tests.torch_models import CASES, Case, OnlyLoss, OwnBatchNorm, TimeFirst, case, reference_moments, squared, tokens
+from tests.torch_models import CASES, Case, assert_agrees, case, reference_moments, squared
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-
-def assert_agrees(found: gm.Moments, wanted, tolerance: float, name: str) -> None:
-    assert found.count == wanted.count
-    assert float(found.weight_sum) == pytest.approx(wanted.weight_sum, rel=tolerance)
-    assert float(found.weight_sq_sum) == pytest.approx(wanted.weight_sq_sum, rel=tolerance)
-    assert relative_error(found.mean, wanted.mean) <= tolerance, name
-    assert relative_error(found.sq_norms, wanted.sq_norms) <= tolerance, name
-    assert relative_error(found.weights, wanted.weights) <= tolerance, name
-    # As an absolute bound, which also holds where the variance is 0: the tolerance times kappa.
-    total = float(wanted.m2.sum())
-    scale = np.linalg.norm(wanted.m2) / total if total > 0 else 1.0
-    error = np.linalg.norm(found.m2.double().numpy() - wanted.m2)
-    assert error <= tolerance * scale * float(wanted.sq_norms.sum()), name
-    assert float(found.m2.min()) >= 0
 
 
 def one_pass(chosen: Case, model: nn.Module, x, y, **attach) -> tuple[gm.Moments, object]:
@@ -79,72 +65,6 @@ def test_loss_and_gradients_are_bitwise_those_without_a_collector(chosen: Case) 
         assert plain is None or torch.equal(plain, observed)
 
 
-def test_positions_looked_up_once_are_uncovered_also_where_their_number_is_the_batch_size() -> None:
-    chosen = case("gpt")
-    model = chosen.make()
-    x, y = tokens(7, torch.Generator().manual_seed(1), length=7)
-    wanted = reference_moments(chosen, model, x, y)
-    with gm.attach(model, endpoint="off") as collector:
-        chosen.losses(model(x), y).mean().backward()
-        found = collector.moments
-        assert set(wanted) - set(found) == {"positions.weight"}
-        for name, moments in found.items():
-            assert_agrees(moments, wanted[name], 1e-5, name)
-        (uncovered,) = collector.coverage.uncovered
-        assert "its leading axis of 7 is not the batch" in uncovered.reason
-
-
-def test_layers_that_work_time_first_are_uncovered_also_where_time_is_as_long_as_the_batch() -> None:
-    model = TimeFirst()
-    x, y = torch.randn(4, 4, 6), torch.randn(4, 4, 3)
-    with gm.attach(model, endpoint="off") as collector:
-        squared(model(x), y).mean().backward()
-        assert not collector.moments
-        assert all("is not the batch" in uncovered.reason for uncovered in collector.coverage.uncovered)
-
-
-def test_examples_that_depend_on_one_another_are_uncovered() -> None:
-    model = OwnBatchNorm()
-    x, y = torch.randn(5, 6), torch.randn(5, 3)
-    with gm.attach(model, endpoint="off") as collector:
-        squared(model(x), y).mean().backward()
-        assert set(collector.moments) == {"last.weight", "last.bias"}
-        assert all("keep examples apart" in uncovered.reason for uncovered in collector.coverage.uncovered)
-
-
-def test_a_model_that_returns_only_its_loss_is_measured() -> None:
-    model = OnlyLoss()
-    x, y = torch.randn(5, 6), torch.randn(5, 3)
-
-    chosen = Case("only-loss", lambda: model, None, lambda output, target: squared(output, target))
-    plain = nn.Sequential(model.first, nn.Tanh(), model.last)
-    wanted = reference_moments(chosen, plain, x, y)
-    with gm.attach(model, endpoint="off") as collector:
-        model(x, y).backward()
-        found = collector.moments
-        for name, there in (("first.weight", "0.weight"), ("last.weight", "2.weight"), ("last.bias", "2.bias")):
-            assert_agrees(found[name], wanted[there], 1e-5, name)
-
-
-def test_layers_that_nothing_flows_through_at_first_are_covered_from_the_step_at_which_something_does() -> None:
-    chosen = case("mlp")
-    model = chosen.make()
-    nn.init.zeros_(model[-1].weight)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x, y = chosen.draw(5)
-    with gm.attach(model, optimizer, endpoint="off") as collector:
-        chosen.losses(model(x), y).mean().backward()
-        assert set(collector.moments) == {"3.weight", "3.bias"}
-        assert "not known yet" in collector.coverage.uncovered[0].reason
-        optimizer.step()
-        optimizer.zero_grad()
-        wanted = reference_moments(chosen, model, x, y)
-        chosen.losses(model(x), y).mean().backward()
-        assert not collector.coverage.uncovered
-        for name, moments in collector.moments.items():
-            assert_agrees(moments, wanted[name], 1e-5, name)
-
-
 def test_a_smaller_last_batch_is_measured_as_it_is() -> None:
     chosen = case("gpt-positions-per-row")
     model = chosen.make()
@@ -156,66 +76,6 @@ def test_a_smaller_last_batch_is_measured_as_it_is() -> None:
             for name, moments in collector.moments.items():
                 assert_agrees(moments, wanted[name], 1e-5, name)
             assert set(collector.moments) == set(wanted)
-
-
-def test_a_sum_over_examples_is_undone() -> None:
-    chosen = case("cnn")
-    model = chosen.make(torch.float64)
-    x, y = chosen.draw(4, torch.float64)
-    wanted = reference_moments(chosen, model, x, y)
-    with gm.attach(model, endpoint="off", loss_reduction="sum") as collector:
-        chosen.losses(model(x), y).sum().backward()
-        for name, moments in collector.moments.items():
-            assert_agrees(moments, wanted[name], 1e-12, name)
-        assert len(collector.moments) == len(wanted)
-
-
-def test_weights_are_undone_over_the_whole_step() -> None:
-    chosen = case("gpt-positions-per-row")
-    model = chosen.make(torch.float64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    x, y = chosen.draw(6, torch.float64)
-    weights = torch.tensor([1.0, 7.0, 3.0, 2.0, 0.0, 5.0], dtype=torch.float64)
-    wanted = reference_moments(chosen, model, x, y, weights)
-    wanted_norms = {name: np.where(weights.numpy() == 0, 0, moments.sq_norms) for name, moments in wanted.items()}
-    with gm.attach(model, optimizer, endpoint="off", loss_reduction="weighted") as collector:
-        for rows in (slice(0, 4), slice(4, 6)):
-            with collector.batch(weights=weights[rows].tolist()):
-                ((chosen.losses(model(x[rows]), y[rows]) * weights[rows]).sum() / weights.sum()).backward()
-        for name, moments in collector.moments.items():
-            # An example of weight 0 leaves no gradient behind.
-            wanted[name].sq_norms = wanted_norms[name]
-            assert_agrees(moments, wanted[name], 1e-6, name)
-            assert relative_error(moments.mean, dict(model.named_parameters())[name].grad) <= 1e-6
-        assert len(collector.moments) == len(wanted)
-
-
-def test_accumulated_passes_give_what_one_pass_gives() -> None:
-    chosen = case("cnn")
-    model = chosen.make(torch.float64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    x, y = chosen.draw(6, torch.float64)
-    wanted = reference_moments(chosen, model, x, y)
-    with gm.attach(model, optimizer, endpoint="off") as collector:
-        for rows in (slice(0, 2), slice(2, 4), slice(4, 6)):
-            (chosen.losses(model(x[rows]), y[rows]).mean() / 3).backward()
-        for name, moments in collector.moments.items():
-            assert_agrees(moments, wanted[name], 1e-12, name)
-        assert len(collector.moments) == len(wanted)
-
-
-def test_examples_of_a_small_pass_weigh_as_much_as_they_do_in_the_gradient() -> None:
-    chosen = case("mlp")
-    model = chosen.make(torch.float64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    x, y = chosen.draw(6, torch.float64)
-    wanted = reference_moments(chosen, model, x, y, torch.tensor([1.0] * 4 + [2.0] * 2))
-    with gm.attach(model, optimizer, endpoint="off") as collector:
-        for rows in (slice(0, 4), slice(4, 6)):
-            (chosen.losses(model(x[rows]), y[rows]).mean() / 2).backward()
-        for name, parameter in model.named_parameters():
-            assert_agrees(collector.moments[name], wanted[name], 1e-12, name)
-            assert relative_error(collector.moments[name].mean, parameter.grad) <= 1e-12
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
@@ -288,6 +148,18 @@ def test_examples_that_are_not_numbers_stay_in_the_moments(value: float) -> None
     assert not coverage.uncovered
     finite = torch.isfinite(found["0.weight"].sq_norms)
     assert finite.tolist() == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(5, 300, 400), (3, 700_001), (1, 600_000)], ids=str)
+def test_large_parameters_are_reduced_in_tiles_to_the_same_moments(shape: tuple[int, ...], weighted: bool) -> None:
+    samples = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 3.0
+    weights = torch.arange(1.0, shape[0] + 1) if weighted else None
+    tiled, whole = moments_of(samples, weights), gm.Moments.from_per_example(samples, weights)
+    torch.testing.assert_close(tiled.mean, whole.mean)
+    torch.testing.assert_close(tiled.m2, whole.m2, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tiled.sq_norms, whole.sq_norms)
+    assert tiled._replace(mean=0, m2=0, sq_norms=0, weights=0) == whole._replace(mean=0, m2=0, sq_norms=0, weights=0)
 
 
 def test_an_input_changed_in_place_after_its_use_is_noticed() -> None:

@@ -14,23 +14,11 @@ from gradiometer.optimizers.torch_api import MAdam
 from gradiometer.stats_core import catalog, maxva
 from gradiometer.stats_core.maxva import TemporalMoments
 from tests.reference import loop_layer, loop_moments
-from tests.torch_models import case, cross_entropy, example_grads, squared
+from tests.torch_models import case, cross_entropy, example_grads, squared, train
 from tests.torch_recording import Recorder, recorder  # noqa: F401 - a fixture
 
 MLP = case("mlp")
 LIGHT = ("count", "effective_count", "mean_sq_norm", "sq_norm_mean", "batch_variance", "grad_sq_norm", "variance_trace")
-
-
-def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, chosen=MLP, clip: float | None = None
-) -> None:
-    for step in range(steps):
-        x, y = chosen.draw(4, next(model.parameters()).dtype, seed=step)
-        optimizer.zero_grad()
-        chosen.losses(model(x), y).mean().backward()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "gpt-positions-per-row", "partly-frozen", "gpt"])
@@ -214,86 +202,6 @@ def test_gradient_scale_and_norm_tell_what_the_optimizer_was_given(recorder: Rec
     assert recorder.scalars[1]["overhead_seconds"] > 0
 
 
-def test_what_is_logged_belongs_to_the_open_step_or_else_to_the_one_that_closed_last(
-    recorder: Recorder,  # noqa: F811
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    model = MLP.make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with gm.attach(model, optimizer, every=2) as collector:
-        for step in range(4):
-            x, y = MLP.draw(4, seed=step)
-            loss = squared(model(x), y).mean()
-            collector.log(loss=loss, early=step)
-            loss.backward()
-            optimizer.step()
-            collector.log(tokens=10 * step, late=torch.tensor(step + 0.5), text="no number", many=torch.ones(3))
-    assert [(recorder.scalars[step]["early"], recorder.scalars[step]["late"]) for step in (0, 2)] == [
-        (0, 0.5),
-        (2, 2.5),
-    ]
-    assert recorder.scalars[2]["tokens"] == 20
-    assert recorder.scalars[2]["loss"] > 0
-    assert not {"text", "many"} & set(recorder.scalars[2])
-    assert "text of type" in caplog.text
-
-
-def test_state_is_restored_by_name_and_training_goes_on_as_if_it_had_not_stopped(recorder: Recorder) -> None:  # noqa: F811
-    published = []
-    for interrupted in (False, True):
-        recorder.steps.clear()
-        recorder.scalars.clear()
-        model = MLP.make()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        collector = gm.attach(model, optimizer)
-        train(model, optimizer, 3)
-        if interrupted:
-            state = collector.state_dict()
-            collector.detach()
-            collector = gm.attach(model, optimizer)
-            collector.load_state_dict(state)
-            assert collector.step == 3
-        x, y = MLP.draw(4, seed=7)
-        optimizer.zero_grad()
-        squared(model(x), y).mean().backward()
-        optimizer.step()
-        collector.detach()
-        published.append((recorder.steps[3], recorder.scalars[3]["clock_steps"]))
-    (columns, clock), (columns_after, clock_after) = published
-    assert clock == clock_after
-    for name, column in columns.items():
-        np.testing.assert_array_equal(column, columns_after[name], err_msg=name)
-
-
-def test_state_of_another_model_is_refused() -> None:
-    model = MLP.make()
-    with gm.attach(model, endpoint="off") as collector:
-        state = collector.state_dict()
-        state["temporal"]["0.weight"] = {part: torch.zeros(2, 2) for part in ("u", "s", "w")}
-        with pytest.raises(
-            ValueError, match=r"needs the state of this model, got parameter='0.weight' of shape \(2, 2\)"
-        ):
-            collector.load_state_dict(state)
-
-
-def test_own_state_survives_a_step_that_is_not_a_number(recorder: Recorder) -> None:  # noqa: F811
-    model = MLP.make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with gm.attach(model, optimizer):
-        for step in range(5):
-            x, y = MLP.draw(4, seed=step)
-            if step == 2:
-                y[0, 0] = float("nan")
-            optimizer.zero_grad()
-            squared(model(x), y).mean().backward()
-            for parameter in model.parameters():
-                parameter.grad.nan_to_num_(nan=0.0)  # as a careful user would
-            optimizer.step()
-    assert recorder.steps[2]["nonfinite_examples"].tolist() == [1, 1, 1]
-    assert np.isfinite(recorder.steps[4]["temporal_variance"]).all()
-    assert np.isfinite(recorder.steps[4]["step_variance"]).all()
-
-
 class Watch(TorchDispatchMode):
     """Notes every operation that could take a value off the device, or wait for one."""
 
@@ -355,42 +263,3 @@ def test_nothing_leaves_the_device_but_the_one_copy_of_the_summary(
         assert len(copies) == 3  # one a step: of the steps before
         assert watch.copied_to == copies
     assert list(recorder.steps) == [0, 1, 2, 3]
-
-
-def test_steps_for_which_no_host_buffer_is_free_are_dropped_and_counted() -> None:
-    rows = torch_rows.HostRows(2, torch.device("cpu"), slots=1)
-
-    def numbers(step: int) -> torch_rows.StepNumbers:
-        return torch_rows.StepNumbers(
-            step,
-            1,
-            np.full((2, 1), np.nan, np.float32),
-            [torch.tensor(step + 0.5)],
-            [1],
-            {"a": torch.tensor(2.0), "b": 3},
-        )
-
-    rows.send(numbers(0))
-    rows.send(numbers(1))
-    assert rows.dropped == 1
-    (arrived,) = rows.arrived()
-    assert (arrived.step, arrived.rows[1, 0], arrived.scalars) == (0, 0.5, {"a": 2.0, "b": 3.0})
-    assert math.isnan(arrived.rows[0, 0])
-    rows.send(numbers(2))
-    assert [arrived.step for arrived in rows.arrived(wait=True)] == [2]
-
-
-def test_where_nothing_is_published_no_numbers_are_formed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradiometer.collectors import torch_measure
-
-    def never(*_args, **_kwargs):
-        raise AssertionError("nobody reads these")
-
-    monkeypatch.setattr(torch_measure, "parameter_sums", never)
-    monkeypatch.setenv("GRADIOMETER_ENDPOINT", "off")
-    model = MLP.make()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with gm.attach(model, optimizer) as collector:
-        train(model, optimizer, 2)
-        assert collector.moments
-        assert not collector._is_off

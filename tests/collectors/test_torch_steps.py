@@ -190,21 +190,6 @@ def test_a_step_that_a_grad_scaler_skips_is_closed_as_skipped(
     assert all(torch.isfinite(torch.tensor(recorder.steps[3]["temporal_variance"])))
 
 
-def test_a_loss_scale_that_is_said_is_divided_out(recorder: Recorder) -> None:  # noqa: F811
-    model, optimizer = start()
-    x, y = MLP.draw(4)
-    wanted = reference_moments(MLP, model, x, y)
-    with gm.attach(model, optimizer) as collector:
-        (squared(model(x), y).mean() * 1024).backward()
-        collector.log(loss_scale=torch.tensor(1024.0))
-        for name, moments in collector.moments.items():
-            assert relative_error(moments.mean, wanted[name].mean) < 1e-5
-            assert relative_error(moments.m2, wanted[name].m2) < 1e-5
-        optimizer.step()
-    assert recorder.run.loss.loss_scale_undone
-    assert recorder.scalars[0]["loss_scale"] == 1024
-
-
 def test_a_closure_is_measured_at_its_last_evaluation_and_the_optimizers_own_state_is_absent(
     recorder: Recorder,  # noqa: F811
 ) -> None:
