@@ -60,7 +60,10 @@ BAD = {
     "nothing": (PublishRequest(), "got message=nothing"),
     "other layers": (numbered(1, make_batch(1, layers=3)), "needs num_layers=2 as registered, got num_layers=3"),
     "steps that go back": (numbered(1, StepBatch(steps=[2, 1])), "needs steps in ascending order"),
-    "a step beyond int64": (numbered(1, make_batch(2**63, nanos=1)), "needs steps below 2\\^63, got step=9223372036854775808"),
+    "a step beyond int64": (
+        numbered(1, make_batch(2**63, nanos=1)),
+        "needs steps below 2\\^63, got step=9223372036854775808",
+    ),
     "an event beyond int64": (numbered(1, StepBatch(events=[Event(step=2**63)])), "needs steps below 2\\^63"),
 }
 
