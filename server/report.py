@@ -151,11 +151,9 @@ def noise_scale_text(value: float) -> str:
     return "unresolved" if np.isfinite(value) and value <= 0 else number(value)
 
 
-def layer_table(run: RunReport, *, title: str | None = None, most: int = 40) -> Table:
+def layer_table(run: RunReport, *, most: int = 40) -> Table:
     """A table of the layers: three variances of the batch gradient side by side, and what follows from them."""
-    table = Table(
-        title=title, title_justify="left", header_style="bold", pad_edge=False, box=None, padding=(0, 1, 0, 0)
-    )
+    table = Table(header_style="bold", pad_edge=False, box=None, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True)
     for name in LAYER_STATISTICS:
         heading, width = _HEADINGS[name]
@@ -187,10 +185,13 @@ def render(run: RunReport, *, window: int = 64) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     for label, text in _facts(run):
         facts.add_row(Text(label, style="dim"), text)
-    table = layer_table(
-        recent, title=f"Variance of the batch gradient three ways, over the last {len(recent.steps)} measured steps"
+    table = layer_table(recent)
+    over = Text(
+        f"variance of the batch gradient three ways, over the last {len(recent.steps)} measured steps", style="dim"
     )
-    return Group(Text(spec.run_id, style="bold"), facts, Text(), table, Text(), *map(Text, _meaning(recent)), Text())
+    return Group(
+        Text(spec.run_id, style="bold"), facts, Text(), over, table, Text(), *map(Text, _meaning(recent)), Text()
+    )
 
 
 def _facts(run: RunReport) -> Iterable[tuple[str, str]]:
