@@ -174,6 +174,12 @@ def attach(
 
 
 def _check_model(model: nn.Module) -> None:
+    ranks = torch.distributed.get_world_size() if _is_distributed() else 1
+    if ranks > 1:
+        raise ValueError(
+            f"attach needs a job of one process in this release, got world_size={ranks}; its numbers would be those of "
+            "one rank alone"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach needs a torch.nn.Module, got model={type(model).__name__}; pass the model itself")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
@@ -197,6 +203,10 @@ def _check_model(model: nn.Module) -> None:
             f"attach needs a model whose examples have gradients of their own, got BatchNorm in training mode in "
             f"modules={coupling}; use GroupNorm, or call eval() on these modules"
         )
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None, every: int | Literal["auto"]) -> None:

@@ -340,10 +340,9 @@ def moments_of(samples: Tensor, weights: Tensor | None) -> Moments:
     batch = samples.shape[0]
     if samples.is_cuda or samples.numel() < 2 * _TILE:
         return Moments.from_per_example(samples, weights)
-    shape = samples.shape[1:]
-    tiles = [
-        Moments.from_per_example(tile, weights) for tile in samples.reshape(batch, -1).split(_TILE // batch + 1, 1)
-    ]
+    shape, flat = samples.shape[1:], samples.reshape(batch, -1)
+    width = _TILE // batch + 1
+    tiles = [Moments.from_per_example(flat[:, at : at + width], weights) for at in range(0, flat.shape[1], width)]
     return tiles[0]._replace(
         mean=torch.cat([tile.mean for tile in tiles]).reshape(shape),
         m2=torch.cat([tile.m2 for tile in tiles]).reshape(shape),

@@ -203,7 +203,8 @@ class StepFollower:
         if problem and self._is_measured:
             self._spoil(problem)
         if weights is not None and given:
-            weights = weights.to(given[0].device, torch.float32, non_blocking=True)
+            wide = torch.float64 if weights.dtype == torch.float64 else torch.float32
+            weights = weights.to(given[0].device, wide, non_blocking=True)
         return Pass(
             self._step,
             batch or 0,

@@ -99,6 +99,13 @@ def test_what_is_no_model_or_no_optimizer_of_it_is_refused() -> None:
         gm.attach(model, torch.optim.SGD(model.parameters()), accumulation=2)
 
 
+def test_a_job_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    with pytest.raises(ValueError, match="needs a job of one process in this release, got world_size=8"):
+        gm.attach(case("mlp").make())
+
+
 @pytest.mark.parametrize("every", [2, "auto"])
 def test_a_per_example_optimizer_needs_every_step(every) -> None:
     model, optimizer = model_and_optimizer(variance="per_example")

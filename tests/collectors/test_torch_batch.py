@@ -36,13 +36,13 @@ def test_weights_are_undone_over_the_whole_step() -> None:
     wanted_norms = {name: np.where(weights.numpy() == 0, 0, moments.sq_norms) for name, moments in wanted.items()}
     with gm.attach(model, optimizer, endpoint="off", loss_reduction="weighted") as collector:
         for rows in (slice(0, 4), slice(4, 6)):
-            with collector.batch(weights=weights[rows].tolist()):
+            with collector.batch(weights=weights[rows]):
                 ((chosen.losses(model(x[rows]), y[rows]) * weights[rows]).sum() / weights.sum()).backward()
         for name, moments in collector.moments.items():
             # An example of weight 0 leaves no gradient behind.
             wanted[name].sq_norms = wanted_norms[name]
-            assert_agrees(moments, wanted[name], 1e-6, name)
-            assert relative_error(moments.mean, dict(model.named_parameters())[name].grad) <= 1e-6
+            assert_agrees(moments, wanted[name], 1e-12, name)
+            assert relative_error(moments.mean, dict(model.named_parameters())[name].grad) <= 1e-12
         assert len(collector.moments) == len(wanted)
 
 
