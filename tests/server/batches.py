@@ -3,19 +3,21 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from gradiometer.protos import ingest_pb2, wire
-from gradiometer.protos.batch_pb2 import StepBatch
+from gradiometer.protos.batch_pb2 import Event, Histogram, StepBatch, TopExample
 from gradiometer.protos.ingest_pb2 import PublishBatch, PublishHello, PublishRequest
-from gradiometer.protos.run_pb2 import LOSS_REDUCTION_MEAN, Layer, LossNormalization, Run
+from gradiometer.protos.run_pb2 import LOSS_REDUCTION_MEAN, Coverage, Layer, LossNormalization, Run, Uncovered
 from gradiometer.server.app import Bound, serve
 from gradiometer.server.journal import Entry
 from gradiometer.server.settings import Settings
+from gradiometer.server.store import EmbeddedStore
 
+PLACES = ("journal", "segments", "both")
 COLUMNS = ("mean_sq_norm", "variance_trace")
 
 
@@ -93,3 +95,48 @@ def serving(chosen: Settings) -> Iterator[Bound]:
         assert not thread.is_alive()
     if failures:
         raise failures[0]
+
+
+def fill(store: EmbeddedStore, place: str, *batches: StepBatch, run_id: str = "mnist", collector_id: str = "c") -> None:
+    """Store batches so that they end up in the journal, in segments, or half in each."""
+    for sequence, batch in enumerate(batches, start=1):
+        store.append(entry(sequence, batch, run_id, collector_id)).result(30)
+        if place == "both" and sequence == (len(batches) + 1) // 2:
+            store.roll()
+    if place == "segments":
+        store.roll()
+
+
+def joined(parts: Iterable[StepBatch]) -> tuple[list[int], dict[str, np.ndarray]]:
+    found = list(parts)
+    names = {name for part in found for name in part.columns}
+    return (
+        [step for part in found for step in part.steps],
+        {name: np.concatenate([wire.column_arrays(part)[name] for part in found]) for name in names},
+    )
+
+
+def full_batch() -> StepBatch:
+    batch = make_batch(4, 7)
+    batch.histograms.append(
+        Histogram(
+            step_index=1,
+            layer=1,
+            statistic="sq_norms",
+            schema=-2,
+            zero_threshold=1e-9,
+            zero_count=3,
+            positive_index=[-1, 5],
+            positive_count=[2, 9],
+            negative_index=[0],
+            negative_count=[1],
+        )
+    )
+    batch.examples.append(TopExample(step_index=0, layer=-1, place=0, example_id="cat.png", sq_norm=2.5))
+    batch.examples.append(TopExample(step_index=1, layer=0, place=1, example_id="7", sq_norm=1.5))
+    batch.events.append(Event(step=2, unix_nanos=6, kind="note", text="before the first measured step"))
+    batch.events.append(Event(step=9, unix_nanos=7, kind="note", text="after the last"))
+    batch.coverage.CopyFrom(
+        Coverage(num_params=9, num_params_measured=5, uncovered=[Uncovered(parameter="w", num_params=4, reason="LSTM")])
+    )
+    return batch
