@@ -30,13 +30,13 @@ LAYER_STATISTICS = (
 
 
 _HEADINGS = {
-    "batch_variance": ("across\nexamples", 8),
-    "step_variance": ("step\nto step", 7),
-    "temporal_variance": ("MaxVA's\ns", 7),
-    "variance_ratio": ("ρ", 5),
-    "batch_snr": ("SNR", 6),
-    "deviation_ratio": ("R_t", 6),
-    "noise_scale": ("noise\nscale", 10),
+    "batch_variance": "across\nexamples",
+    "step_variance": "step\nto step",
+    "temporal_variance": "MaxVA's\ns",
+    "variance_ratio": "ρ",
+    "batch_snr": "SNR",
+    "deviation_ratio": "R_t",
+    "noise_scale": "noise\nscale",
 }
 
 
@@ -142,7 +142,8 @@ def number(value: float) -> str:
     if not np.isfinite(value):
         return "–"
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa}e{int(exponent)}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
@@ -153,18 +154,24 @@ def noise_scale_text(value: float) -> str:
 
 def layer_table(run: RunReport, *, most: int = 40) -> Table:
     """A table of the layers: three variances of the batch gradient side by side, and what follows from them."""
-    table = Table(header_style="bold", pad_edge=False, box=None, padding=(0, 1, 0, 0))
-    table.add_column("layer", no_wrap=True)
-    for name in LAYER_STATISTICS:
-        heading, width = _HEADINGS[name]
-        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
     values = {name: run.layers(name) for name in LAYER_STATISTICS}
     names = [layer.name for layer in run.status.run.layers]
     order = range(len(names)) if len(names) <= most else np.argsort(-np.nan_to_num(values["batch_variance"]))[:most]
-    for index in order:
-        table.add_row(_short(names[index]), *(_cell(name, float(values[name][index])) for name in LAYER_STATISTICS))
+    cells = {
+        name: [*(_cell(name, float(values[name][index])) for index in order), _cell(name, run.model(name))]
+        for name in LAYER_STATISTICS
+    }
+    table = Table(header_style="bold", pad_edge=False, box=None, padding=(0, 1, 0, 0))
+    table.add_column("layer", no_wrap=True)
+    for name, texts in cells.items():  # a narrow terminal may cut a layer's name, never a number
+        heading = _HEADINGS[name]
+        width = max(map(len, [*heading.splitlines(), *texts]))
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+    *rows, model = zip(*cells.values(), strict=True)
+    for index, row in zip(order, rows, strict=True):
+        table.add_row(_short(names[index]), *row)
     table.add_row()
-    table.add_row("whole model", *(_cell(name, run.model(name)) for name in LAYER_STATISTICS), style="bold")
+    table.add_row("whole model", *model, style="bold")
     if len(names) > most:
         table.caption = f"{most} of {len(names)} layers, those of the largest variance"
     return table

@@ -27,9 +27,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_Data = Annotated[Path, typer.Option("--data", help="The server's data directory.", show_default=True)]
+_Data = Annotated[Path, typer.Option("--data", metavar="DIR", help="The server's data directory.", show_default=True)]
 _Endpoint = Annotated[
-    str | None, typer.Option("--endpoint", help="HOST:PORT of a running server, to ask it rather than the directory.")
+    str | None,
+    typer.Option("--endpoint", metavar="HOST:PORT", help="A running server, asked in place of the directory."),
 ]
 _DATA = Path("gradiometer-data")
 
@@ -51,11 +52,15 @@ def _root(
 
 @app.command()
 def serve(
-    grpc: Annotated[str | None, typer.Option(help="HOST:PORT for training jobs. Default 127.0.0.1:50051.")] = None,
-    http: Annotated[
-        str | None, typer.Option(help="HOST:PORT for the live page and /metrics. Default 127.0.0.1:9464.")
+    grpc: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where training jobs connect. Default 127.0.0.1:50051.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Data directory. Default ./gradiometer-data.")] = None,
+    http: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The live page and /metrics. Default 127.0.0.1:9464.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Data directory. Default ./gradiometer-data.")
+    ] = None,
     allow_remote: Annotated[
         bool | None,
         typer.Option("--allow-remote", help="Take connections from other machines, unencrypted and unauthenticated."),
