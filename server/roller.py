@@ -82,7 +82,7 @@ class Roller:
                 age = time.time() - oldest / 1e9
                 due = size >= self._settings.roll_bytes or age >= self._settings.roll_seconds
                 if due or everything:
-                    written += self._roll_run(self._runs()[run_key], everything=everything)
+                    written += self._roll_run(self._runs()[run_key])
         return written
 
     def close(self) -> None:
@@ -102,17 +102,18 @@ class Roller:
                     _log.error("rolling failed; the journal keeps everything, and it is tried again", error=str(error))
                 failures = min(failures + 1, 10)
 
-    def _roll_run(self, row: RunRow, *, everything: bool) -> int:
-        count = 0
-        while arrived := self._oldest(row.run_key):
+    def _roll_run(self, row: RunRow) -> int:
+        count, more = 0, True
+        while more:
+            arrived, more = self._oldest(row.run_key)
+            if not arrived:
+                break
             made = self._write(row, arrived)
             last = arrived[-1][0]
             # Where the exchange fails its files stay: the disk may hold the commit although it reported an error.
             self._writer.call(lambda journal: journal.rolled(row.run_key, last, made)).result()  # noqa: B023
             self._meters.rolled()
             count += len(made)
-            if not everything:
-                break
         return count
 
     def _write(self, row: RunRow, arrived: list[tables.Arrived]) -> list[segments.Segment]:
@@ -128,16 +129,18 @@ class Roller:
             raise
         return made
 
-    def _oldest(self, run_key: int) -> list[tables.Arrived]:
+    def _oldest(self, run_key: int) -> tuple[list[tables.Arrived], bool]:
+        """As much as is rolled at once, and whether that may not be all."""
         db = connect(self._directory.journal)
         try:
-            arrived, size = [], 0
+            arrived: list[tables.Arrived] = []
+            size = 0
             query = "SELECT arrival, body FROM journal WHERE run_key = ? ORDER BY arrival"
             for arrival, body in db.execute(query, (run_key,)):
                 arrived.append((arrival, StepBatch.FromString(body)))
                 size += len(body)
                 if size >= _AT_ONCE:
-                    break
-            return arrived
+                    return arrived, True
+            return arrived, False
         finally:
             db.close()

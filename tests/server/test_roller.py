@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gradiometer.server import segments
+from gradiometer.server import roller, segments
 from gradiometer.server.journal import Journal
 from gradiometer.server.roller import backlog
 from gradiometer.server.store import EmbeddedStore
@@ -114,3 +114,11 @@ def test_a_failing_roller_is_counted_and_goes_on(tmp_path: Path, monkeypatch: py
         monkeypatch.undo()
         eventually(lambda: backlog(tmp_path / "journal.db") == {})
         assert [s for part in store.read("mnist") for s in part.steps] == [1]
+
+
+def test_a_long_backlog_is_rolled_a_load_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roller, "_AT_ONCE", 1)
+    with filled(tmp_path) as store:
+        before = list(store.read("mnist"))
+        assert store.roll() == 2 * 5
+        assert list(store.read("mnist")) == before
