@@ -30,8 +30,8 @@ def rolled_by_itself(data: Path, **fields: object) -> bool:
     chosen = settings(data, **fields).model_copy(update={"roll_check_seconds": 0.02})
     with EmbeddedStore(chosen) as store:
         store.register(make_run()).result(30)
-        for sequence in range(1, 301):
-            store.append(entry(sequence, make_batch(sequence)))
+        for future in [store.append(entry(sequence, make_batch(sequence))) for sequence in range(1, 301)]:
+            future.result(30)
         eventually(lambda: backlog(data / "journal.db") == {})
         return [s for part in store.read("mnist") for s in part.steps] == list(range(1, 301))
 
@@ -39,8 +39,8 @@ def rolled_by_itself(data: Path, **fields: object) -> bool:
 def test_a_run_is_rolled_once_its_journal_is_large(tmp_path: Path) -> None:
     with EmbeddedStore(settings(tmp_path, roll_bytes=4096).model_copy(update={"roll_check_seconds": 0.02})) as store:
         store.register(make_run()).result(30)
-        for sequence in range(1, 101):
-            store.append(entry(sequence, make_batch(sequence)))
+        for future in [store.append(entry(sequence, make_batch(sequence))) for sequence in range(1, 101)]:
+            future.result(30)
         eventually(lambda: any(path.suffix == ".parquet" for path in files(tmp_path)))
         assert [s for part in store.read("mnist") for s in part.steps] == list(range(1, 101))
 
