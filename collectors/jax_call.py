@@ -74,7 +74,7 @@ class Call:
                     "keep real and imaginary part as two parameters"
                 )
         self._treedef = jax.tree.structure(params)
-        self._leaves = [leaf for _, leaf in named]
+        self._leaves = [jnp.asarray(leaf) if isinstance(leaf, float) else leaf for _, leaf in named]
         self._trained = [index for index, leaf in enumerate(self._leaves) if measurable(leaf)]
         if not self._trained:
             raise ValueError(

@@ -59,7 +59,8 @@ def value_and_grad(
 
     Args:
         loss_fn: the user's loss, or ``(loss, aux)`` with ``has_aux``. Its rows must not mix, see
-            `ValueAndGrad.check`; BatchNorm's running statistics in aux are refused by name.
+            `ValueAndGrad.check`; BatchNorm's running statistics in aux are refused by name. It must take a batch
+            of one: a sharding constraint on the batch axis inside it can't hold there.
         argnums: position(s) of the parameters. Leaves that are not floating-point get a gradient of 0 and
             None for Moments.
         batch_argnums: position(s) of pytrees whose leaves all have the rows on their leading axis.

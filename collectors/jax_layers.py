@@ -34,8 +34,8 @@ def leaf_name(keys: tuple[Any, ...]) -> str:
 
 
 def measurable(leaf: Any) -> bool:
-    """True for what has a gradient: arrays (or their shapes) of real floating-point numbers, and their Moments."""
-    if isinstance(leaf, Moments):
+    """True for what has a gradient: real floating-point numbers, arrays of them or their shapes, and Moments."""
+    if isinstance(leaf, Moments | float):
         return True
     return hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
@@ -68,7 +68,7 @@ def layers_of(params: Any) -> list[Layer]:
     for keys, leaf in _leaves(params):
         path = leaf_path(keys)
         home = path[:-1] or path
-        array = leaf.mean if isinstance(leaf, Moments) else leaf
+        array = leaf.mean if isinstance(leaf, Moments) else jnp.asarray(leaf) if isinstance(leaf, float) else leaf
         layer = groups.setdefault(home, Layer(name=".".join(home) or _ROOT, dtype=str(array.dtype)))
         layer.parameters.append(leaf_name(keys))
         layer.num_params += math.prod(array.shape)

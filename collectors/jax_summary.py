@@ -52,7 +52,9 @@ def init_temporal(params: Any, opt_state: Any = None) -> Temporal:
     """
 
     def for_each(make: Any) -> Any:
-        return jax.tree.map(lambda leaf: make(jnp.zeros_like(widened(leaf))) if measurable(leaf) else None, params)
+        return jax.tree.map(
+            lambda leaf: make(jnp.zeros_like(widened(jnp.asarray(leaf)))) if measurable(leaf) else None, params
+        )
 
     return Temporal(
         previous=for_each(lambda zeros: Previous(zeros, jnp.full((), jnp.nan, zeros.dtype))),

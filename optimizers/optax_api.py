@@ -182,7 +182,9 @@ def scale_by_madam(
         return MadamRule(largest, smallest, initial, jnp.asarray(code))
 
     def init(params: Any) -> MadamState:
-        m, u, s, w, most = (jax.tree.map(lambda leaf: jnp.zeros_like(widened(leaf)), params) for _ in range(5))
+        m, u, s, w, most = (
+            jax.tree.map(lambda leaf: jnp.zeros_like(widened(jnp.asarray(leaf))), params) for _ in range(5)
+        )
         return MadamState(jnp.zeros((), jnp.int32), m, u, s, w, rule(), most if amsgrad else None)
 
     def update(
@@ -190,7 +192,7 @@ def scale_by_madam(
     ) -> tuple[Any, MadamState]:
         del params, extra_args
         leaves: list[Any] = jax.tree.leaves(updates)
-        grads = [widened(leaf) for leaf in leaves]
+        grads = [widened(jnp.asarray(leaf)) for leaf in leaves]
         tau2s = [0.0] * len(grads) if variance == "minibatch" else _within_variances(updates, grads, moments, within)
         count = optax.safe_increment(state.count)
 
@@ -209,7 +211,7 @@ def scale_by_madam(
         steps, m, u, s, w, most = (
             jax.tree.unflatten(jax.tree.structure(updates), [result[i] for result in results]) for i in range(6)
         )
-        steps = jax.tree.map(lambda step, leaf: step.astype(leaf.dtype), steps, updates)
+        steps = jax.tree.map(lambda step, leaf: step.astype(jnp.result_type(leaf)), steps, updates)
         return steps, MadamState(count, m, u, s, w, rule(), most if amsgrad else None)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -209,6 +209,16 @@ def test_several_argnums_give_tuples_and_several_batch_arguments_are_rows() -> N
     assert moments.sq_norms.shape == (2,)
 
 
+def test_a_python_float_is_a_parameter() -> None:
+    params = {"w": jnp.ones(2), "scale": 0.5}
+    fn = gm.value_and_grad(lambda p, x: jnp.mean(x @ p["w"]) * p["scale"])
+    _, grads, moments = fn(params, jnp.array([[1.0, 2.0], [3.0, 5.0]]))
+    assert float(grads["scale"]) == 5.5
+    assert float(moments["scale"].m2) == 12.5
+    summary, _ = gm.summarize(moments, gm.init_temporal(params))
+    assert summary.columns["variance_trace"].tolist() == [12.5, 1.625]
+
+
 def test_coverage_is_known_after_the_first_trace() -> None:
     model = MODELS["counter and None"]
     fn = gm.value_and_grad(model.loss_fn)
