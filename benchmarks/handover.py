@@ -22,7 +22,7 @@ from gradiometer.stats_core import Summary, catalog
 
 MEMORY_SERVER = """
 import sys, threading
-from tests.ingest import IngestServer
+from tests.fake_ingest import IngestServer
 with IngestServer() as server:
     print('{"grpc": "%s"}' % server.endpoint, flush=True)
     sys.stdin.read()

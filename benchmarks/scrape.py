@@ -9,7 +9,7 @@ import time
 import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
 
-from gradiometer.protos import wire
+from gradiometer.protos.columns import pack_batch
 from gradiometer.protos.run_pb2 import Coverage, Layer, Run
 from gradiometer.server.exporter import ExportSettings, register_exporter
 from gradiometer.server.live import Live
@@ -29,7 +29,7 @@ def main() -> None:
     def feed(step: int) -> None:
         for run in range(RUNS):
             columns = {name: rng.random((1, LAYERS)) for name in catalog.columns("default")}
-            batch = wire.pack_batch([step], [step * 10**9], LAYERS, columns, {"loss": np.array([1.0])})
+            batch = pack_batch([step], [step * 10**9], LAYERS, columns, {"loss": np.array([1.0])})
             live.append(f"run-{run}", batch)
 
     for step in range(live.window_steps):

@@ -14,9 +14,10 @@ from gradiometer.collectors.torch_collector import TorchCollector
 from gradiometer.collectors.torch_engine import LossReduction
 from gradiometer.collectors.torch_layers import coverage_of, layers_of
 from gradiometer.collectors.torch_measure import StepMeasurer
+from gradiometer.collectors.torch_memory import OwnMemory
 from gradiometer.collectors.torch_reporter import Reporter
-from gradiometer.collectors.torch_samplers import Plan, batch_norms, couples, plan_model
-from gradiometer.collectors.torch_state import OptimizerState, OwnState, is_maxva
+from gradiometer.collectors.torch_rules import Plan, batch_norms, couples, plan_model
+from gradiometer.collectors.torch_state import OptimizerState, is_maxva
 from gradiometer.collectors.torch_steps import Settings, attached
 from gradiometer.protos import run_pb2
 from gradiometer.protos.run_pb2 import LossNormalization, Run, World
@@ -161,7 +162,7 @@ def attach(
         plan,
         reporter,
         tier=statistics,
-        own=None if temporal is None else OwnState(plan.names, maxva=not reads_optimizer),
+        own=None if temporal is None else OwnMemory(plan.names, maxva=not reads_optimizer),
         optimizer_state=OptimizerState(optimizer) if reads_optimizer and optimizer is not None else None,
     )
     collector = TorchCollector(model, optimizer, plan, settings, measurer, reporter)

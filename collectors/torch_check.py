@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gradiometer.collectors.torch_autograd import guarded
 from gradiometer.collectors.torch_engine import Call, LossReduction, Pass
-from gradiometer.collectors.torch_samplers import Plan
+from gradiometer.collectors.torch_rules import Plan
 
 __all__ = ["FirstSight"]
 

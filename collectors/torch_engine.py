@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gradiometer.collectors.torch_autograd import Hook, below, guarded, in_backward, under_saved_tensor_hooks
-from gradiometer.collectors.torch_samplers import Plan
+from gradiometer.collectors.torch_rules import Plan
 from gradiometer.stats_core.arrays import widened
 from gradiometer.stats_core.moments import Moments
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gradiometer.collectors.torch_batch import LogicalBatch
+from gradiometer.collectors.torch_handover import StepNumbers, step_numbers
 from gradiometer.collectors.torch_layers import LayerParameters, coverage_of, layers_of
+from gradiometer.collectors.torch_memory import OwnMemory
 from gradiometer.collectors.torch_reporter import Reporter
-from gradiometer.collectors.torch_rows import StepNumbers, step_numbers
-from gradiometer.collectors.torch_samplers import Plan
-from gradiometer.collectors.torch_state import OptimizerState, OwnState
+from gradiometer.collectors.torch_rules import Plan
+from gradiometer.collectors.torch_state import OptimizerState
 from gradiometer.stats_core import catalog, maxva
 from gradiometer.stats_core.arrays import Array, square_sum, widened
 from gradiometer.stats_core.moments import Moments
@@ -43,7 +44,7 @@ class StepMeasurer:
         reporter: Reporter,
         *,
         tier: catalog.Tier,
-        own: OwnState | None,
+        own: OwnMemory | None,
         optimizer_state: OptimizerState | None,
     ) -> None:
         self._model = model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradiometer.collectors.endpoint import OFF, resolve
 from gradiometer.collectors.publisher import Publisher
-from gradiometer.collectors.torch_rows import HostRows, StepNumbers
+from gradiometer.collectors.torch_handover import HostRows, StepNumbers
 from gradiometer.protos.run_pb2 import Run
 
 __all__ = ["Reporter"]

@@ -1,19 +1,19 @@
-"""What is known of each parameter through time: the step before, and MaxVA's moments, whoever keeps them."""
+"""Readers of an optimizer's own state: MaxVA's moments where they lie."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradiometer.stats_core import maxva
 from gradiometer.stats_core.arrays import Array, widened
 from gradiometer.stats_core.maxva import TemporalMoments
 from gradiometer.stats_core.moments import Moments
 from gradiometer.stats_core.source import TakesMoments
-from gradiometer.stats_core.summary import Previous, maxva_sums, step_sums
+from gradiometer.stats_core.summary import maxva_sums
 
-__all__ = ["OptimizerState", "OwnState", "is_maxva"]
+__all__ = ["OptimizerState", "is_maxva"]
 
 _RULE = frozenset(("betas", "beta_min", "beta_init", "variance", "within"))
 
@@ -23,67 +23,6 @@ def is_maxva(optimizer: Any) -> bool:
     return isinstance(optimizer, TakesMoments) and all(
         group.keys() >= _RULE for group in getattr(optimizer, "param_groups", ())
     )
-
-
-class OwnState:
-    """The collector's own memory: the previous mean, and MaxVA's moments where no optimizer keeps them.
-
-    Fed with the unclipped mean of measured steps, so that with ``every=k`` its clock is k steps.
-
-    Args:
-        names: parameter → full name.
-        maxva: False where the optimizer keeps MaxVA's moments.
-    """
-
-    def __init__(self, names: Mapping[nn.Parameter, str], *, maxva: bool) -> None:
-        self._names = names
-        self._keeps_maxva = maxva
-        self._previous: dict[str, Previous] = {}
-        self._temporal: dict[str, TemporalMoments] = {}
-
-    def feed(self, parameter: nn.Parameter, moments: Moments, batch_variance: Array) -> dict[str, Array]:
-        """Take one measured step; the sums that it gives, keyed by catalogue name."""
-        name = self._names[parameter]
-        sums: dict[str, Array] = {}
-        previous = self._previous.get(name)
-        if previous is not None:
-            sums.update(step_sums(previous, moments))
-        self._previous[name] = Previous(moments.mean, batch_variance)
-        if self._keeps_maxva:
-            before = self._temporal.get(name) or TemporalMoments.zeros_like(moments.mean)
-            found, after = maxva_sums(before, moments.mean)
-            # What is not a number is shown once; it must not stay in the memory for good.
-            finite = torch.isfinite(moments.mean)
-            pairs = zip(after, before, strict=True)
-            self._temporal[name] = TemporalMoments(*(torch.where(finite, new, old) for new, old in pairs))
-            sums.update(found)
-        return sums
-
-    def state_dict(self) -> dict[str, Any]:
-        """A copy, as plain dictionaries of tensors and floats."""
-        return {
-            "previous": {name: _copied(value) for name, value in self._previous.items()},
-            "temporal": {name: _copied(value) for name, value in self._temporal.items()},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take a state over onto the parameters' devices.
-
-        Raises:
-            ValueError: if it holds a parameter that the model has not, or of another shape.
-        """
-        parameters = {name: parameter for parameter, name in self._names.items()}
-        for part in ("previous", "temporal"):
-            for name, fields in state[part].items():
-                shape = tuple(parameters[name].shape) if name in parameters else None
-                field = "mean" if part == "previous" else "u"
-                if shape != tuple(fields[field].shape):
-                    raise ValueError(
-                        f"load_state_dict needs the state of this model, got parameter={name!r} of shape "
-                        f"{tuple(fields[field].shape)} where the model has {shape}; load it into the model it is of"
-                    )
-        self._previous = {n: Previous(**_onto(parameters[n], f)) for n, f in state["previous"].items()}
-        self._temporal = {n: TemporalMoments(**_onto(parameters[n], f)) for n, f in state["temporal"].items()}
 
 
 class OptimizerState:
@@ -126,14 +65,3 @@ class OptimizerState:
                 beta_init=group["beta_init"],
             )
         return found
-
-
-def _copied(value: Any) -> dict[str, Any]:
-    return {name: part.clone() if isinstance(part, Tensor) else part for name, part in value._asdict().items()}
-
-
-def _onto(parameter: nn.Parameter, fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: part.to(parameter.device, copy=True) if isinstance(part, Tensor) else part
-        for name, part in fields.items()
-    }

@@ -20,10 +20,10 @@ from gradiometer.collectors.torch_autograd import Hook, in_backward
 from gradiometer.collectors.torch_batch import LogicalBatch
 from gradiometer.collectors.torch_check import FirstSight
 from gradiometer.collectors.torch_engine import Engine, LossReduction, Pass
+from gradiometer.collectors.torch_handover import StepNumbers
 from gradiometer.collectors.torch_measure import StepMeasurer
 from gradiometer.collectors.torch_reporter import Reporter
-from gradiometer.collectors.torch_rows import StepNumbers
-from gradiometer.collectors.torch_samplers import Plan, batch_norms, couples
+from gradiometer.collectors.torch_rules import Plan, batch_norms, couples
 from gradiometer.collectors.torch_tensors import leading_size, tensors_in
 from gradiometer.stats_core.moments import Moments
 from gradiometer.stats_core.source import TakesMoments

@@ -1,1 +1,1 @@
-"""The wire, version 1: the ``.proto`` files, the code generated from them, and `wire`, which knows their rules."""
+"""The wire, version 1: the ``.proto`` files, the code generated from them, `columns` and `checks`."""

@@ -7,8 +7,8 @@ in the same memory.
 
 from collections import deque
 
-from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import Event, StepBatch
+from gradiometer.protos.columns import column_arrays, scalar_arrays
 from gradiometer.protos.run_pb2 import Run
 from gradiometer.server.view import COMPARED, Layers, MeasuredStep, Point, RunView
 
@@ -59,7 +59,7 @@ class RunHistory:
         means that the job went back, as after a restart from a checkpoint: what was ahead of it is dropped.
         One that was measured earlier is a late arrival, and goes to its place if the window still holds it.
         """
-        columns, scalars = wire.column_arrays(batch), wire.scalar_arrays(batch)
+        columns, scalars = column_arrays(batch), scalar_arrays(batch)
         for place, step in enumerate(batch.steps):
             # Copies, so that a row of the window does not keep the whole message in memory.
             row = MeasuredStep(

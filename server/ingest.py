@@ -32,15 +32,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import StepBatch
+from gradiometer.protos.checks import LARGEST_STEP, check_batch, check_run, layers_differ
 from gradiometer.protos.ingest_pb2 import PublishRequest
 from gradiometer.protos.run_pb2 import Run
 from gradiometer.stats_core.errors import OurFault, PeerFault
 
 __all__ = ["Accept", "Duplicate", "IngestSession", "Opened", "State", "registered", "unknown_run"]
-
-_LARGEST = 2**63 - 1
 
 
 class State(Enum):
@@ -159,7 +157,7 @@ class IngestSession:
         return Opened(run_id, collector_id)
 
     def _batch(self, sequence: int, batch: StepBatch) -> Accept | Duplicate:
-        if not 0 < sequence <= _LARGEST:
+        if not 0 < sequence <= LARGEST_STEP:
             raise self._fault(f"Publish needs sequence from 1, got sequence={sequence}; count batches 1, 2, 3, …")
         if sequence <= self.accepted:
             return Duplicate(sequence, self.durable)
@@ -170,13 +168,10 @@ class IngestSession:
                 status="FAILED_PRECONDITION",
             )
         try:
-            wire.check_batch(batch, self._num_layers)
+            check_batch(batch, self._num_layers)
         except PeerFault:
             self.state = State.FAILED
             raise
-        highest = max((*batch.steps[-1:], *(event.step for event in batch.events)), default=0)
-        if highest > _LARGEST:
-            raise self._fault(f"Publish needs steps below 2^63, got step={highest}; count optimizer steps from 0")
         self.accepted = sequence
         return Accept(sequence, batch)
 
@@ -209,13 +204,13 @@ def registered(known: Run | None, offered: Run, now: int) -> Run:
     Raises:
         PeerFault: if it can't be stored, or was registered with other layers or another unit before.
     """
-    wire.check_run(offered)
+    check_run(offered)
     run = Run()
     run.CopyFrom(offered)
     if known is None:
         run.started_unix_nanos = offered.started_unix_nanos or now
         return run
-    difference = wire.layers_differ(known, offered)
+    difference = layers_differ(known, offered)
     if difference is None and known.unit != offered.unit:
         difference = f"unit {known.unit!r} registered, {offered.unit!r} offered"
     if difference is not None:

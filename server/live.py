@@ -78,13 +78,13 @@ class Live:
         clock: seconds since 1970.
 
     Example:
-        >>> from gradiometer.protos import wire
+        >>> from gradiometer.protos.columns import pack_batch
         >>> from gradiometer.protos.run_pb2 import Layer
         >>> live = Live()
         >>> live.register(Run(run_id="mnist", layers=[Layer(name="dense", num_params=10)]))
         >>> for step, (noise, signal) in enumerate([([8.0], [-1.0]), ([4.0], [4.0])]):
         ...     columns = {"variance_trace": [noise], "grad_sq_norm": [signal]}
-        ...     live.append("mnist", wire.pack_batch([step], [step], 1, columns, {}))
+        ...     live.append("mnist", pack_batch([step], [step], 1, columns, {}))
         >>> live.view("mnist").model("noise_scale")
         4.0
     """

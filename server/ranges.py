@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import Event, Histogram, StepBatch, TopExample
+from gradiometer.protos.columns import COLUMN_DTYPE, pack_batch
 from gradiometer.protos.run_pb2 import Coverage, Run, Uncovered
 from gradiometer.server.engine import Engine, identifiers
 from gradiometer.stats_core import catalog
@@ -136,7 +136,7 @@ def _columns(engine: Engine, selection: Selection, window: _Steps) -> dict[str, 
     for name in selection.columns:
         if found[name].null_count == found.num_rows:
             continue
-        values = np.full((len(window.step), selection.width), np.nan, wire.COLUMN_DTYPE)
+        values = np.full((len(window.step), selection.width), np.nan, COLUMN_DTYPE)
         values[where] = _floats(found[name])[ours]
         columns[name] = values
     return columns
@@ -145,9 +145,7 @@ def _columns(engine: Engine, selection: Selection, window: _Steps) -> dict[str, 
 def _message(
     engine: Engine, selection: Selection, part: _Steps, columns: dict[str, np.ndarray], since: int, until: int
 ) -> StepBatch:
-    batch = wire.pack_batch(
-        part.step.tolist(), part.unix_nanos.tolist(), selection.width, columns, _present(part.scalars)
-    )
+    batch = pack_batch(part.step.tolist(), part.unix_nanos.tolist(), selection.width, columns, _present(part.scalars))
     batch.layer_indices.extend(selection.layers)
     _add_distributions(engine, selection, batch, part)
     _add_events(engine, batch, since, until)

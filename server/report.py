@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import StepBatch
+from gradiometer.protos.columns import column_arrays, scalar_arrays
 from gradiometer.protos.query_pb2 import RunStatus
 from gradiometer.stats_core import catalog
 from gradiometer.stats_core.errors import PeerFault
@@ -88,13 +88,13 @@ class RunReport:
                 for name in sorted(names)
             }
 
-        columns = joined([wire.column_arrays(batch) for batch in parts], (num_layers,))
+        columns = joined([column_arrays(batch) for batch in parts], (num_layers,))
         absent = np.full((sum(len(batch.steps) for batch in parts), num_layers), np.nan)
         return cls(
             status=status,
             steps=np.array([step for batch in parts for step in batch.steps], np.int64),
             columns={row.name: columns.get(row.name, absent) for row in catalog.WIRE},
-            scalars=joined([wire.scalar_arrays(batch) for batch in parts], ()),
+            scalars=joined([scalar_arrays(batch) for batch in parts], ()),
             sizes=np.array([layer.num_params for layer in status.run.layers], np.float64),
         )
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import StepBatch
+from gradiometer.protos.columns import column_arrays, scalar_arrays
 from gradiometer.protos.run_pb2 import Run
 from gradiometer.stats_core import catalog
 
@@ -74,7 +74,7 @@ def _layers(run: Run, arrived: Sequence[Arrived]) -> Any:
     arrived = [(arrival, batch) for arrival, batch in arrived if batch.columns]
     steps = _joined([np.array(batch.steps, np.int64) for _, batch in arrived], np.int64)
     order = np.argsort(steps, kind="stable")
-    columns = [wire.column_arrays(batch) for _, batch in arrived]
+    columns = [column_arrays(batch) for _, batch in arrived]
     data: dict[str, Any] = {
         "step": np.tile(steps[order], num_layers),
         "layer_index": np.repeat(np.arange(num_layers, dtype=np.int32), len(steps)),
@@ -107,7 +107,7 @@ def _column(
 
 def _steps(run: Run, arrived: Sequence[Arrived]) -> Any:
     arrived = [(arrival, batch) for arrival, batch in arrived if batch.steps]
-    scalars = [wire.scalar_arrays(batch) for _, batch in arrived]
+    scalars = [scalar_arrays(batch) for _, batch in arrived]
     sizes = [len(batch.steps) for _, batch in arrived]
     data: dict[str, Any] = {
         "step": _joined([np.array(batch.steps, np.int64) for _, batch in arrived], np.int64),

@@ -19,9 +19,6 @@ __all__ = ["COMPARED", "Layers", "MeasuredStep", "Point", "RunView", "Scalar"]
 COMPARED = ("batch_variance", "step_variance", "temporal_variance")
 """The three variances of the batch gradient that the live comparison puts on one axis."""
 
-# What the collector measures on the unclipped gradient; `temporal_variance` is in the units the optimizer saw.
-_MEASURED = frozenset({"batch_variance", "step_variance"})
-
 
 class MeasuredStep(NamedTuple):
     """One measured step as it arrived.
@@ -132,11 +129,11 @@ class RunView:
         Returns:
             Shape ``(layers,)``, in the catalogue's unit; NaN where it does not exist.
         """
-        return self._over_window(name, compared=name == "deviation_ratio_measured")
+        return self._over_window(name, compared=False)
 
     def model(self, name: str) -> float:
         """The same for the whole model; NaN where it does not exist."""
-        return self._over_layers(name, compared=name == "deviation_ratio_measured")
+        return self._over_layers(name, compared=False)
 
     def compared_layers(self, name: str) -> np.ndarray:
         """One of `COMPARED` for each layer, all three in the same units, shape ``(layers,)``.
@@ -187,24 +184,27 @@ class RunView:
         key = (name, compared)
         found = self._layers.get(key)
         if found is None:
-            found = np.asarray(windowed(name, self._needed(name, compared=compared)))
+            found = np.asarray(windowed(name, self._needed(name), self._gradient_scale(name, compared=compared)))
             self._layers[key] = found
         return found
 
     def _over_layers(self, name: str, *, compared: bool) -> float:
         if catalog.statistic(name).kind == "ratio":
-            return across_layers(name, self._needed(name, compared=compared), self.sizes)
+            scale = self._gradient_scale(name, compared=compared)
+            return across_layers(name, self._needed(name), self.sizes, scale)
         # Anything else is first a mean over steps, which is at hand: as a window of one step.
         return across_layers(name, {name: self._over_window(name, compared=compared)[None, :]}, self.sizes)
 
-    def _needed(self, name: str, *, compared: bool) -> dict[str, np.ndarray]:
+    def _needed(self, name: str) -> dict[str, np.ndarray]:
         row = catalog.statistic(name)
-        columns = {need: self._column(need) for need in (row.needs if row.kind == "ratio" else (name,))}
-        if compared and self.run.temporal == "optimizer":
-            scale = np.array([step.scalars.get("gradient_scale", np.nan) for step in self.window])
-            factor = np.where(np.isfinite(scale), scale, 1.0)[:, None]
-            columns.update({need: values * factor for need, values in columns.items() if need in _MEASURED})
-        return columns
+        return {need: self._column(need) for need in (row.needs if row.kind == "ratio" else (name,))}
+
+    def _gradient_scale(self, name: str, *, compared: bool) -> np.ndarray | None:
+        """What brings measured sums into the optimizer's units; None where they are shown as measured."""
+        wanted = compared or catalog.statistic(name).kind == "ratio"
+        if not wanted or not self.window or self.run.temporal != "optimizer":
+            return None
+        return np.array([step.scalars.get("gradient_scale", np.nan) for step in self.window])
 
     def _column(self, name: str) -> np.ndarray:
         """A travelling column over the window, shape ``(steps, layers)``; NaN where a step lacks it."""

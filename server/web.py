@@ -26,10 +26,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gradiometer.protos.batch_pb2 import StepBatch
 from gradiometer.protos.query_pb2 import RunStatus
 from gradiometer.protos.run_pb2 import Run
-from gradiometer.server.events import EventStream
 from gradiometer.server.history import RunHistory
 from gradiometer.server.live import Live
 from gradiometer.server.page import COLUMNS, catalogue, chart, facts, numbers
+from gradiometer.server.sse import EventStream
 from gradiometer.server.view import RunView
 from gradiometer.stats_core.errors import GradiometerError
 

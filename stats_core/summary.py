@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from gradiometer.stats_core import maxva
 from gradiometer.stats_core.arrays import Array, namespace, square_sum, total
+from gradiometer.stats_core.catalog import statistic
 from gradiometer.stats_core.maxva import TemporalMoments
 from gradiometer.stats_core.moments import Moments
 from gradiometer.stats_core.noise import noise_sums
@@ -109,7 +110,10 @@ def maxva_sums(
 def layer_columns(
     parameters: Sequence[tuple[Moments, Mapping[str, Array], int]], names: Sequence[str]
 ) -> dict[str, Array]:
-    """One layer's numbers from those of its parameters.
+    """One layer's numbers from those of its parameters, added up as the catalogue's ``kind`` says.
+
+    What is counted (``kind`` "count") is formed here; sums and means come with the parameters: from `parameter_sums`
+    (`NoiseSums`), `step_sums` or `maxva_sums`.
 
     Args:
         parameters: Moments, sums keyed by catalogue name, and number of elements of each parameter.
@@ -133,7 +137,7 @@ def layer_columns(
         parts = [(sums[name], elements) for _, sums, elements in parameters if name in sums]
         if not parts:
             found[name] = float("nan")
-        elif name in ("deviation_share", "maxva_beta"):
+        elif statistic(name).kind == "mean":
             found[name] = sum(value * (elements / size) for value, elements in parts)
         else:
             found[name] = sum(value for value, _ in parts)

@@ -10,7 +10,7 @@ from gradiometer.protos.run_pb2 import Layer
 from gradiometer.server.remote import RemoteStore
 from gradiometer.stats_core.errors import PeerFault, WireError
 from gradiometer.stats_core.summary import Summary
-from tests.servers import eventually, running_server
+from tests.server_process import eventually, running_server
 
 
 def said(*arguments: str) -> str:

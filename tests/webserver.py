@@ -15,8 +15,8 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
-from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import StepBatch
+from gradiometer.protos.columns import column_arrays, pack_batch, scalar_arrays
 from gradiometer.protos.query_pb2 import RunStatus
 from gradiometer.protos.run_pb2 import LOSS_REDUCTION_MEAN, Coverage, Layer, LossNormalization, Run, Uncovered, World
 from gradiometer.server.exporter import ExportSettings, register_exporter
@@ -88,7 +88,7 @@ def make_batch(
     columns = {name: values.get(name, near(0.5)) for name in catalog.columns("default")}
     times = [step * SECOND // 10 for step in steps] if nanos is None else nanos
     given = {"loss": 2.5, "examples": 16.0, **scalars}
-    return wire.pack_batch(
+    return pack_batch(
         steps, times, layers, columns, {name: np.full(len(steps), value) for name, value in given.items()}
     )
 
@@ -121,13 +121,13 @@ class MemoryStore:
         """All that is stored of a run; some columns, or all."""
         assert limit is None or limit > 0
         for batch in self.batches[run_id]:
-            arrays = wire.column_arrays(batch)
-            yield wire.pack_batch(
+            arrays = column_arrays(batch)
+            yield pack_batch(
                 batch.steps,
                 batch.unix_nanos,
                 batch.num_layers,
                 {name: values for name, values in arrays.items() if not columns or name in columns},
-                wire.scalar_arrays(batch),
+                scalar_arrays(batch),
             )
 
 

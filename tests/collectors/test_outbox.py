@@ -12,7 +12,7 @@ import pytest
 from gradiometer.collectors.outbox import Outbox, SpoolDamaged
 from gradiometer.collectors.spool import Spool, leftovers
 from gradiometer.protos.run_pb2 import Run
-from tests.ingest import eventually, spools
+from tests.fake_ingest import eventually, spools
 
 RUN = Run(run_id="a")
 

@@ -10,7 +10,7 @@ from gradiometer.collectors.outbox import Outbox
 from gradiometer.collectors.packer import MAX_BATCH_BYTES, Packer
 from gradiometer.collectors.slots import Slots
 from gradiometer.protos.batch_pb2 import StepBatch
-from gradiometer.protos.wire import column_arrays, scalar_arrays
+from gradiometer.protos.columns import column_arrays, scalar_arrays
 from gradiometer.stats_core import catalog
 
 NAMES = ("mean_sq_norm", "variance_trace")

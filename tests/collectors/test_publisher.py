@@ -15,10 +15,10 @@ import pytest
 
 from gradiometer.collectors.publisher import Publisher
 from gradiometer.protos import run_pb2
+from gradiometer.protos.columns import column_arrays, scalar_arrays
 from gradiometer.protos.run_pb2 import Run
-from gradiometer.protos.wire import column_arrays, scalar_arrays
 from gradiometer.stats_core import Summary, catalog
-from tests.ingest import IngestServer, eventually, layers, spools
+from tests.fake_ingest import IngestServer, eventually, layers, spools
 
 NAMES = catalog.columns("default")
 

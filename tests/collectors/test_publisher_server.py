@@ -12,9 +12,9 @@ import pytest
 
 from gradiometer.collectors.publisher import Publisher
 from gradiometer.protos import query_pb2, query_pb2_grpc
-from gradiometer.protos.wire import column_arrays, scalar_arrays
+from gradiometer.protos.columns import column_arrays, scalar_arrays
 from gradiometer.stats_core import catalog
-from tests.ingest import eventually, layers, spools
+from tests.fake_ingest import eventually, layers, spools
 
 NAMES = catalog.columns("default")
 

@@ -4,9 +4,10 @@ import sys
 import pytest
 
 from gradiometer.collectors.registration import complete, default_run_id, registration
-from gradiometer.protos import run_pb2, wire
+from gradiometer.protos import run_pb2
+from gradiometer.protos.checks import check_run
 from gradiometer.protos.run_pb2 import Coverage, Layer, Run
-from tests.ingest import layers
+from tests.fake_ingest import layers
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ def test_a_run_without_a_name_is_called_after_its_script(
 ) -> None:
     monkeypatch.setattr(sys, "argv", [script])
     assert re.fullmatch(re.escape(name) + r"-20\d{6}-[0-9a-f]{4}", default_run_id())
-    wire.check_run(registration(None, layers(), None, None))
+    check_run(registration(None, layers(), None, None))
 
 
 def test_two_runs_of_a_script_have_different_names() -> None:

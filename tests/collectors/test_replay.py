@@ -14,7 +14,7 @@ from gradiometer.protos import run_pb2
 from gradiometer.protos.batch_pb2 import StepBatch
 from gradiometer.protos.ingest_pb2_grpc import IngestServiceStub
 from gradiometer.protos.run_pb2 import Run
-from tests.ingest import IngestServer, layers, spools
+from tests.fake_ingest import IngestServer, layers, spools
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from gradiometer.collectors.stream import WINDOW
 from gradiometer.protos import run_pb2
 from gradiometer.protos.batch_pb2 import StepBatch
 from gradiometer.protos.run_pb2 import Run
-from tests.ingest import IngestServer, eventually, layers
+from tests.fake_ingest import IngestServer, eventually, layers
 
 RUN = Run(run_id="a", layers=layers(), loss=run_pb2.LossNormalization(reduction=run_pb2.LOSS_REDUCTION_MEAN))
 QUICK = 0.02

@@ -9,7 +9,7 @@ import pytest
 
 from gradiometer.collectors.spool import Spool, SpoolBusy, directory, leftovers, new_collector_id, trim
 from gradiometer.protos.run_pb2 import Run
-from tests.ingest import spools
+from tests.fake_ingest import spools
 
 RUN = Run(run_id="a")
 

@@ -8,7 +8,7 @@ from gradiometer.protos import run_pb2
 from gradiometer.protos.batch_pb2 import StepBatch
 from gradiometer.protos.ingest_pb2_grpc import IngestServiceStub
 from gradiometer.protos.run_pb2 import Run
-from tests.ingest import IngestServer, layers
+from tests.fake_ingest import IngestServer, layers
 
 RUN = Run(run_id="a", layers=layers(), loss=run_pb2.LossNormalization(reduction=run_pb2.LOSS_REDUCTION_MEAN))
 

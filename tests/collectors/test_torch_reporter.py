@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import gradiometer as gm
-from gradiometer.protos import wire
-from tests.ingest import IngestServer
+from gradiometer.protos.columns import column_arrays, scalar_arrays
+from tests.fake_ingest import IngestServer
 from tests.reference import loop_layer
 from tests.torch_models import case, example_grads, squared, train
 from tests.torch_recording import Recorder, recorder  # noqa: F401 - a fixture
@@ -39,7 +39,7 @@ def test_numbers_on_the_wire_are_those_of_the_loop() -> None:
         (batches,) = server.stored.values()
     steps = {}
     for batch in batches:
-        columns, scalars = wire.column_arrays(batch), wire.scalar_arrays(batch)
+        columns, scalars = column_arrays(batch), scalar_arrays(batch)
         for index, step in enumerate(batch.steps):
             steps[step] = {name: values[index] for name, values in {**columns, **scalars}.items()}
     assert sorted(steps) == [0, 1, 2]

@@ -9,7 +9,7 @@ from gradiometer.demo.stage import Job, Stage
 from gradiometer.server.remote import RemoteStore
 from gradiometer.server.report import report
 from gradiometer.server.store import open_readonly
-from tests.servers import eventually
+from tests.server_process import eventually
 
 
 def stored(stage: Stage, run: str) -> int:

@@ -14,7 +14,7 @@ from gradiometer.optimizers.optax_api import madam
 from gradiometer.server.remote import RemoteStore
 from gradiometer.server.report import report
 from tests.reference import loop_layer, loop_moments
-from tests.servers import eventually, running_server
+from tests.server_process import eventually, running_server
 
 BATCH = 6
 

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 import gradiometer as gm
 from gradiometer.demo.torch_gpt import ByteGPT
 from gradiometer.optimizers.torch_api import MAdam
-from gradiometer.protos import wire
+from gradiometer.protos.columns import column_arrays
 from gradiometer.server.remote import RemoteStore
 from gradiometer.server.report import RunReport, report
 from tests.reference import LoopMoments, loop_layer, loop_moments
-from tests.servers import eventually, running_server
+from tests.server_process import eventually, running_server
 
 BATCH, TIME = 5, 12
 
@@ -102,6 +102,6 @@ def test_nan_gradients_are_stored_counted_and_shown(tmp_path: Path) -> None:
                 optimizer.step()
         eventually(lambda: [s.stored_steps for s in store.list_runs()] == [3])
         (batch,) = store.read("poisoned", first_step=1, last_step=1)
-        columns = wire.column_arrays(batch)
+        columns = column_arrays(batch)
     assert columns["nonfinite_examples"].tolist() == [[1.0, 1.0]]
     assert np.isnan(columns["mean_sq_norm"]).any()

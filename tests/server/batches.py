@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gradiometer.protos import ingest_pb2, wire
+from gradiometer.protos import ingest_pb2
 from gradiometer.protos.batch_pb2 import Event, Histogram, StepBatch, TopExample
+from gradiometer.protos.columns import column_arrays, pack_batch
 from gradiometer.protos.ingest_pb2 import PublishBatch, PublishHello, PublishRequest
 from gradiometer.protos.run_pb2 import LOSS_REDUCTION_MEAN, Coverage, Layer, LossNormalization, Run, Uncovered
 from gradiometer.server.app import Bound, serve
@@ -37,7 +38,7 @@ def make_batch(*steps: int, layers: int = 2, seed: int = 0, nanos: int | None = 
     columns = {name: rng.standard_normal((len(steps), layers)) for name in COLUMNS}
     times = [step * 1000 if nanos is None else nanos for step in steps]
     values = {name: np.full(len(steps), value) for name, value in scalars.items()}
-    return wire.pack_batch(steps, times, layers, columns, values)
+    return pack_batch(steps, times, layers, columns, values)
 
 
 def entry(sequence: int, batch: StepBatch, run_id: str = "mnist", collector_id: str = "c") -> Entry:
@@ -112,7 +113,7 @@ def joined(parts: Iterable[StepBatch]) -> tuple[list[int], dict[str, np.ndarray]
     names = {name for part in found for name in part.columns}
     return (
         [step for part in found for step in part.steps],
-        {name: np.concatenate([wire.column_arrays(part)[name] for part in found]) for name in names},
+        {name: np.concatenate([column_arrays(part)[name] for part in found]) for name in names},
     )
 
 

@@ -18,8 +18,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import StepBatch
+from gradiometer.protos.columns import column_arrays
 from gradiometer.protos.ingest_pb2 import PublishRequest
 from gradiometer.protos.ingest_pb2_grpc import IngestServiceStub
 from gradiometer.protos.query_pb2 import SubscribeRequest
@@ -29,7 +29,7 @@ from gradiometer.server.remote import RemoteStore
 from gradiometer.server.store import EmbeddedStore, open_readonly
 from gradiometer.stats_core.errors import StoreError
 from tests.server.batches import entry, hello, make_batch, make_run, numbered, register, serving, settings
-from tests.servers import ROOT, eventually, running_server, start_server
+from tests.server_process import ROOT, eventually, running_server, start_server
 
 NAMES = ("gradiometer.v1.IngestService", "gradiometer.v1.QueryService")
 
@@ -273,8 +273,8 @@ def test_killed_again_and_again_each_acknowledged_batch_is_stored_exactly_once(
     want = [publisher.batch(sequence) for publisher in publishers for sequence in range(1, total + 1)]
     assert [step for part in parts for step in part.steps] == [batch.steps[0] for batch in want]
     for name in want[0].columns:
-        got = np.concatenate([wire.column_arrays(part)[name] for part in parts])
-        assert np.array_equal(got, np.concatenate([wire.column_arrays(batch)[name] for batch in want]))
+        got = np.concatenate([column_arrays(part)[name] for part in parts])
+        assert np.array_equal(got, np.concatenate([column_arrays(batch)[name] for batch in want]))
 
 
 def test_a_killed_server_leaves_the_directory_to_the_next_one(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gradiometer.protos import wire
+from gradiometer.protos.columns import pack_batch
 from gradiometer.server.exporter import ExportSettings, metric_names, register_exporter
 from gradiometer.server.live import Live
 from gradiometer.stats_core import catalog
@@ -44,7 +44,15 @@ def labelled(samples: dict, label: str) -> set[str]:
 
 def test_every_exported_name_comes_from_the_catalogue_and_every_name_is_exported():
     live = live_with()
-    batch = make_batch([3], learning_rate=0.1, grad_norm=1.0, clock_steps=1.0, overhead_seconds=0.01, dropped_steps=0.0)
+    batch = make_batch(
+        [3],
+        gradient_scale=1.0,
+        learning_rate=0.1,
+        grad_norm=1.0,
+        clock_steps=1.0,
+        overhead_seconds=0.01,
+        dropped_steps=0.0,
+    )
     live.append("a", batch)
     names = exported(live)
     assert set(names) == set(metric_names())
@@ -110,7 +118,7 @@ def test_quantiles_over_layers_run_from_the_least_to_the_largest():
 def batch_with(**columns: list[float]):
     layers = len(next(iter(columns.values())))
     given = {name: np.array([values]) for name, values in columns.items()}
-    return wire.pack_batch([0], [0], layers, given, {})
+    return pack_batch([0], [0], layers, given, {})
 
 
 def test_what_does_not_exist_is_left_out_and_never_zero():

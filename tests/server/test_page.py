@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 
-from gradiometer.protos import wire
+from gradiometer.protos.columns import column_arrays, pack_batch
 from gradiometer.server.history import RunHistory
 from gradiometer.server.page import COLUMNS, SHOWN, catalogue, chart, facts, numbers, rounded
 from gradiometer.server.view import COMPARED
@@ -28,7 +28,7 @@ def test_numbers_keep_five_digits():
 def test_whatever_arrives_the_answer_is_json():
     wild = [[np.nan, np.inf, -np.inf]]
     columns = {name: np.array(wild) for name in catalog.columns("default")}
-    batch = wire.pack_batch([0], [0], 3, columns, {"loss": np.array([np.nan]), "mine": np.array([np.inf])})
+    batch = pack_batch([0], [0], 3, columns, {"loss": np.array([np.nan]), "mine": np.array([np.inf])})
     view = view_with(batch)
     text = json.dumps({**facts(view.run), **numbers(view), "points": chart(view.points)}, allow_nan=False)
     assert json.loads(text)["model"]["batch_variance"] is None
@@ -53,7 +53,7 @@ def test_the_numbers_are_those_of_the_view():
 
 
 def test_a_noise_scale_below_zero_keeps_its_sign_for_the_page_to_tell():
-    batch = wire.pack_batch([0], [0], 1, {"variance_trace": np.array([[1.0]]), "grad_sq_norm": np.array([[-2.0]])}, {})
+    batch = pack_batch([0], [0], 1, {"variance_trace": np.array([[1.0]]), "grad_sq_norm": np.array([[-2.0]])}, {})
     assert numbers(view_with(batch, layers=1))["table"]["noise_scale"] == [-0.5]
 
 
@@ -79,6 +79,6 @@ def test_the_page_explains_in_the_catalogues_words():
 
 def test_the_columns_behind_the_page_are_enough_to_form_it():
     batch = make_batch([0, 1])
-    arrays = wire.column_arrays(batch)
-    few = wire.pack_batch([0, 1], batch.unix_nanos, 3, {name: arrays[name] for name in COLUMNS}, {})
+    arrays = column_arrays(batch)
+    few = pack_batch([0, 1], batch.unix_nanos, 3, {name: arrays[name] for name in COLUMNS}, {})
     assert numbers(view_with(few))["table"] == numbers(view_with(batch))["table"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradiometer.protos import wire
+from gradiometer.protos.columns import column_arrays
 from gradiometer.server.query import Reader
 from gradiometer.server.store import EmbeddedStore, open_readonly
 from gradiometer.stats_core.errors import PeerFault, StoreError
@@ -28,7 +28,7 @@ def test_of_a_step_measured_twice_the_later_one_is_shown_and_both_are_kept(store
     fill(store, place, *again, collector_id="restarted")
     steps, columns = joined(store.read("mnist"))
     assert steps == list(range(10))
-    want = np.concatenate([wire.column_arrays(batch)["mean_sq_norm"] for batch in (*first[:6], *again, first[9])])
+    want = np.concatenate([column_arrays(batch)["mean_sq_norm"] for batch in (*first[:6], *again, first[9])])
     assert np.array_equal(columns["mean_sq_norm"], want)
     total = store.sql("SELECT count(*) AS rows, count(DISTINCT step) AS steps FROM layers").to_pylist()
     assert total == [{"rows": 20, "steps": 10}]

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import Event, StepBatch
+from gradiometer.protos.columns import column_arrays, pack_batch, scalar_arrays
 from gradiometer.server import ranges
 from gradiometer.server.store import EmbeddedStore
 from tests.server.batches import COLUMNS, PLACES, fill, full_batch, joined, make_batch, make_run, settings
@@ -33,19 +33,19 @@ def test_what_was_sent_is_read_back_bit_for_bit(store: EmbeddedStore, place: str
     assert set(part.columns) == set(COLUMNS), "columns that nobody sent are not there"
     for name in COLUMNS:
         assert part.columns[name] == b"".join(batch.columns[name] for batch in sent)
-    assert wire.scalar_arrays(part)["loss"].tolist() == [0.5, 0.5, 0.25, 0.125, 0.125, 0.125]
+    assert scalar_arrays(part)["loss"].tolist() == [0.5, 0.5, 0.25, 0.125, 0.125, 0.125]
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_nan_and_infinity_are_data(store: EmbeddedStore, place: str) -> None:
     odd = np.array([[math.nan, math.inf], [-math.inf, -0.0], [1e-45, 3.4e38]], np.float32)
     scalars = {"loss": np.array([math.nan, math.inf, -math.inf])}
-    fill(store, place, wire.pack_batch([0, 1, 2], [0, 0, 0], 2, {"mean_sq_norm": odd}, scalars))
+    fill(store, place, pack_batch([0, 1, 2], [0, 0, 0], 2, {"mean_sq_norm": odd}, scalars))
     (part,) = store.read("mnist")
-    got = wire.column_arrays(part)["mean_sq_norm"]
+    got = column_arrays(part)["mean_sq_norm"]
     assert np.array_equal(got, odd, equal_nan=True)
     assert np.signbit(got[1, 1])
-    assert np.array_equal(wire.scalar_arrays(part)["loss"], scalars["loss"], equal_nan=True)
+    assert np.array_equal(scalar_arrays(part)["loss"], scalars["loss"], equal_nan=True)
     counted = store.sql(
         "SELECT count_if(isnan(mean_sq_norm)) AS nans, count_if(isinf(mean_sq_norm)) AS infs FROM layers"
     )
@@ -54,11 +54,11 @@ def test_nan_and_infinity_are_data(store: EmbeddedStore, place: str) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_column_or_scalar_that_only_some_batches_had_is_nan_elsewhere(store: EmbeddedStore, place: str) -> None:
-    one = wire.pack_batch([0], [0], 2, {"count": np.array([[1.0, 2.0]])}, {"loss": np.array([3.0])})
-    two = wire.pack_batch([1], [0], 2, {"mean_sq_norm": np.array([[5.0, 6.0]])}, {"mine": np.array([4.0])})
+    one = pack_batch([0], [0], 2, {"count": np.array([[1.0, 2.0]])}, {"loss": np.array([3.0])})
+    two = pack_batch([1], [0], 2, {"mean_sq_norm": np.array([[5.0, 6.0]])}, {"mine": np.array([4.0])})
     fill(store, place, one, two)
     (part,) = store.read("mnist")
-    columns, scalars = wire.column_arrays(part), wire.scalar_arrays(part)
+    columns, scalars = column_arrays(part), scalar_arrays(part)
     assert np.array_equal(columns["count"], [[1, 2], [math.nan, math.nan]], equal_nan=True)
     assert np.array_equal(columns["mean_sq_norm"], [[math.nan, math.nan], [5, 6]], equal_nan=True)
     assert np.array_equal(scalars["loss"], [3, math.nan], equal_nan=True)
@@ -91,8 +91,8 @@ def test_layers_and_columns_can_be_chosen(store: EmbeddedStore, place: str) -> N
     fill(store, place, *sent)
     (part,) = store.read("mnist", layers=["dense"], columns=["variance_trace"])
     assert (part.num_layers, list(part.layer_indices), list(part.columns)) == (1, [1], ["variance_trace"])
-    want = [wire.column_arrays(batch)["variance_trace"][0, 1] for batch in sent]
-    assert wire.column_arrays(part)["variance_trace"].ravel().tolist() == want
+    want = [column_arrays(batch)["variance_trace"][0, 1] for batch in sent]
+    assert column_arrays(part)["variance_trace"].ravel().tolist() == want
 
 
 def test_layers_come_in_the_order_of_the_run(store: EmbeddedStore) -> None:
@@ -110,7 +110,7 @@ def test_long_answers_come_in_parts_that_fit_the_wire(store: EmbeddedStore, monk
     assert len(parts) > 10
     steps, columns = joined(iter(parts))
     assert steps == list(range(70))
-    want = np.concatenate([wire.column_arrays(batch)["mean_sq_norm"] for batch in sent])
+    want = np.concatenate([column_arrays(batch)["mean_sq_norm"] for batch in sent])
     assert np.array_equal(columns["mean_sq_norm"], want)
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import StepBatch
+from gradiometer.protos.columns import pack_batch
 from gradiometer.protos.query_pb2 import RunStatus
 from gradiometer.protos.run_pb2 import Coverage, Layer, Run, Uncovered, World
 from gradiometer.server.report import RunReport, layer_table, noise_scale_text, number, render, report
@@ -26,7 +26,7 @@ def status(**fields: object) -> RunStatus:
 
 def batch(*steps: int, **columns: float) -> StepBatch:
     shape = (len(steps), 2)
-    return wire.pack_batch(
+    return pack_batch(
         steps, [0] * len(steps), 2, {name: np.full(shape, value) for name, value in columns.items()},
         {"loss": np.array([1.0 / (step + 1) for step in steps])},
     )  # fmt: skip
@@ -135,7 +135,7 @@ def test_a_large_model_shows_its_noisiest_layers() -> None:
     layers = [Layer(name=f"layer{i}", num_params=1) for i in range(60)]
     columns = {"batch_variance": np.arange(60.0)[None]}
     big = RunReport.from_batches(
-        RunStatus(run=Run(run_id="big", layers=layers)), [wire.pack_batch([0], [0], 60, columns, {})]
+        RunStatus(run=Run(run_id="big", layers=layers)), [pack_batch([0], [0], 60, columns, {})]
     )
     table = layer_table(big, most=5)
     shown = list(table.columns[0].cells)

@@ -11,7 +11,7 @@ from gradiometer.server.roller import backlog
 from gradiometer.server.store import EmbeddedStore
 from gradiometer.stats_core.errors import StoreError
 from tests.server.batches import entry, make_batch, make_run, settings
-from tests.servers import eventually
+from tests.server_process import eventually
 
 
 def filled(data: Path, **fields: object) -> EmbeddedStore:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gradiometer import __version__
-from gradiometer.protos import wire
+from gradiometer.protos.columns import column_arrays
 from gradiometer.protos.ingest_pb2 import PublishRequest
 from gradiometer.protos.ingest_pb2_grpc import IngestServiceStub
 from gradiometer.protos.query_pb2 import ListRunsRequest, QueryRangeRequest, SubscribeRequest
@@ -25,7 +25,7 @@ from gradiometer.server.meters import Meters
 from gradiometer.server.service import STATUS, IngestServicer, _acknowledgements, _Pending
 from gradiometer.stats_core import errors
 from tests.server.batches import hello, make_batch, make_run, numbered, register, serving, settings
-from tests.servers import eventually
+from tests.server_process import eventually
 
 
 class Client:
@@ -198,8 +198,8 @@ def test_long_answers_come_in_parts(client: Client) -> None:
     assert len(parts) > 2
     assert all(part.ByteSize() < 4 << 20 for part in parts), "what a client takes without being told"
     assert [step for part in parts for step in part.steps] == list(range(400))
-    got = np.concatenate([wire.column_arrays(part)["mean_sq_norm"] for part in parts])
-    assert np.array_equal(got, np.concatenate([wire.column_arrays(b)["mean_sq_norm"] for b in batches]))
+    got = np.concatenate([column_arrays(part)["mean_sq_norm"] for part in parts])
+    assert np.array_equal(got, np.concatenate([column_arrays(b)["mean_sq_norm"] for b in batches]))
 
 
 def test_a_reader_that_leaves_in_the_middle_is_no_trouble(client: Client) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import Event, Histogram, StepBatch, TopExample
+from gradiometer.protos.columns import column_arrays, pack_batch
 from gradiometer.protos.run_pb2 import Coverage, Uncovered
 from gradiometer.server.tables import SCHEMAS, build, empty
 from gradiometer.stats_core import catalog
@@ -35,14 +35,14 @@ def test_rows_of_layers_are_sorted_by_layer_then_step() -> None:
     assert table["layer"].to_pylist() == ["conv"] * 3 + ["dense"] * 3
     assert table["step"].to_pylist() == [2, 5, 6] * 2
     assert table["arrival"].to_pylist() == [2, 1, 1] * 2
-    want = np.concatenate([wire.column_arrays(early)["variance_trace"], wire.column_arrays(late)["variance_trace"]])
+    want = np.concatenate([column_arrays(early)["variance_trace"], column_arrays(late)["variance_trace"]])
     assert np.array_equal(table["variance_trace"].to_numpy().reshape(2, 3).T, want)
     assert set(table["run"].to_pylist()) == {"mnist"}
 
 
 def test_a_column_that_a_batch_lacks_is_null_and_a_nan_is_a_nan() -> None:
-    one = wire.pack_batch([0], [0], 2, {"count": np.array([[1.0, math.nan]])}, {"loss": np.array([math.nan])})
-    other = wire.pack_batch([1], [1], 2, {"mean_sq_norm": np.array([[2.0, 3.0]])}, {"learning_rate": np.array([0.5])})
+    one = pack_batch([0], [0], 2, {"count": np.array([[1.0, math.nan]])}, {"loss": np.array([math.nan])})
+    other = pack_batch([1], [1], 2, {"mean_sq_norm": np.array([[2.0, 3.0]])}, {"learning_rate": np.array([0.5])})
     layers = build("layers", make_run(), [(1, one), (2, other)])
     assert layers["count"].null_count == 2
     assert layers["count"][0].as_py() == 1.0

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gradiometer.protos import wire
+from gradiometer.protos.columns import COLUMN_DTYPE
 from gradiometer.protos.run_pb2 import Run
 from gradiometer.server.view import COMPARED, Layers, MeasuredStep, RunView
 from tests.webserver import SECOND, make_run
@@ -13,7 +13,7 @@ def view_of(rows: list[dict[str, list[float]]], *, run: Run | None = None, **sca
         MeasuredStep(
             number,
             number * SECOND,
-            {name: np.array(values, wire.COLUMN_DTYPE) for name, values in row.items()},
+            {name: np.array(values, COLUMN_DTYPE) for name, values in row.items()},
             {name: values[number] for name, values in scalars.items()},
         )
         for number, row in enumerate(rows)

@@ -94,3 +94,12 @@ def test_numpy_torch_and_jitted_jax_give_the_same_columns() -> None:
     for got in (columns(torch.as_tensor(grads)), jax.jit(columns)(grads)):
         for name, value in want.items():
             assert float(got[name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_every_column_of_the_catalogue_adds_up_as_its_kind_says() -> None:
+    moments = Moments.from_per_example(np.ones((2, 1)))
+    for row in catalog.WIRE:
+        if row.kind == "count":
+            continue
+        parts = [(moments, {row.name: np.float64(0.5)}, 10), (moments, {row.name: np.float64(0.5)}, 10)]
+        assert float(layer_columns(parts, (row.name,))[row.name]) == {"mean": 0.5, "sum": 1.0}[row.kind], row.name

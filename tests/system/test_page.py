@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from gradiometer.protos.wire import COLUMN_DTYPE
+from gradiometer.protos.columns import COLUMN_DTYPE
 from gradiometer.server.live import Live
 from gradiometer.stats_core import catalog
-from tests.servers import running_server, start_server
+from tests.server_process import running_server, start_server
 from tests.trainer import Trainer
 from tests.webserver import make_batch, make_run, poll, serving
 

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gradiometer.server.exporter import metric_names
-from tests.servers import running_server
+from tests.server_process import running_server
 from tests.trainer import Trainer
 from tests.webserver import make_batch, make_run, poll
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gradiometer.server.events import EventStream
 from gradiometer.server.live import Live
+from gradiometer.server.sse import EventStream
 from tests.webserver import SECOND, make_batch, make_run, poll, serving
 
 
@@ -179,7 +179,7 @@ def test_a_fault_of_our_own_is_heard_of(monkeypatch):
     live = Live()
     live.register(make_run())
     live.append("mnist-1", make_batch([0]))
-    monkeypatch.setattr("gradiometer.server.events.numbers", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("gradiometer.server.sse.numbers", lambda *_, **__: 1 / 0)
 
     async def send(_: dict) -> None:
         return

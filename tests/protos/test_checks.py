@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import Histogram, StepBatch, TopExample
+from gradiometer.protos.checks import check_batch, check_run, layers_differ
+from gradiometer.protos.columns import pack_batch
 from gradiometer.protos.run_pb2 import LOSS_REDUCTION_MEAN, Layer, LossNormalization, Run
 from gradiometer.stats_core.errors import PeerFault
 
@@ -18,47 +19,35 @@ def run(**changes: object) -> Run:
 
 
 def batch() -> StepBatch:
-    return wire.pack_batch(
+    return pack_batch(
         [4, 5], [1, 2], 2, {"mean_sq_norm": np.array([[1, 2], [3, np.nan]])}, {"loss": np.array([0.5, np.inf])}
     )
 
 
-def test_columns_and_scalars_come_back_as_they_were_packed() -> None:
-    message = StepBatch.FromString(batch().SerializeToString())
-    wire.check_batch(message, 2)
-    np.testing.assert_array_equal(wire.column_arrays(message)["mean_sq_norm"], [[1, 2], [3, np.nan]])
-    np.testing.assert_array_equal(wire.scalar_arrays(message)["loss"], [0.5, np.inf])
-
-
-def test_columns_are_little_endian_float32_whatever_they_were_made_from() -> None:
-    message = wire.pack_batch([1], [0], 1, {"count": np.array([[1.0]], ">f8")}, {})
-    assert message.columns["count"] == b"\x00\x00\x80\x3f"
-
-
 def test_the_layers_of_a_second_registration_are_compared_by_name_and_size() -> None:
-    assert wire.layers_differ(run(), run()) is None
-    other = wire.layers_differ(run(), run(layers=[Layer(name="a", num_params=3), Layer(name="b", num_params=5)]))
+    assert layers_differ(run(), run()) is None
+    other = layers_differ(run(), run(layers=[Layer(name="a", num_params=3), Layer(name="b", num_params=5)]))
     assert other == "layer 1 is 'b' with 4 parameters, 'b' with 5 offered"
-    assert "1 layers registered" not in (wire.layers_differ(run(), run(layers=[Layer(name="a")])) or "")
-    assert wire.layers_differ(run(), run(layers=[Layer(name="a")])) == "2 layers registered, 1 offered"
+    assert "1 layers registered" not in (layers_differ(run(), run(layers=[Layer(name="a")])) or "")
+    assert layers_differ(run(), run(layers=[Layer(name="a")])) == "2 layers registered, 1 offered"
 
 
 @pytest.mark.parametrize("bad", ["", "../up", "a/b", "a b", "-x", "x" * 129, "a..b"])
 def test_a_run_id_that_is_no_file_name_is_refused(bad: str) -> None:
     with pytest.raises(PeerFault, match="choose another name for the run"):
-        wire.check_run(run(run_id=bad))
+        check_run(run(run_id=bad))
 
 
 def test_layers_must_be_there_and_have_names_of_their_own() -> None:
     with pytest.raises(PeerFault, match="got layers=0"):
-        wire.check_run(run(layers=[]))
+        check_run(run(layers=[]))
     with pytest.raises(PeerFault, match="got layer='a'; rename it"):
-        wire.check_run(run(layers=[Layer(name="a"), Layer(name="a")]))
+        check_run(run(layers=[Layer(name="a"), Layer(name="a")]))
 
 
 def test_a_run_must_say_how_its_loss_is_reduced() -> None:
     with pytest.raises(PeerFault, match=r"needs loss\.reduction"):
-        wire.check_run(run(loss=LossNormalization()))
+        check_run(run(loss=LossNormalization()))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +59,8 @@ def test_a_run_must_say_how_its_loss_is_reduced() -> None:
         (lambda b: b.scalars.update({"loss": b"\0" * 8}), "needs 16 bytes in scalar='loss', got 8"),
         (lambda b: b.scalars.update({"a b": b"\0" * 16}), "got scalar='a b'; rename it"),
         (lambda b: b.steps.__setitem__(1, 4), "got a step twice or going back"),
+        (lambda b: b.steps.__setitem__(1, 2**63), r"steps below 2\^63, got step=9223372036854775808"),
+        (lambda b: b.events.add(step=2**63), r"steps below 2\^63"),
         (lambda b: b.unix_nanos.pop(), "got steps=2, unix_nanos=1"),
         (lambda b: setattr(b, "num_layers", 3), "needs num_layers=2 as registered, got num_layers=3"),
         (lambda b: b.layer_indices.append(0), "got layer_indices"),
@@ -82,8 +73,8 @@ def test_a_batch_that_does_not_fit_is_refused_by_what_is_wrong(spoil: object, me
     spoiled = batch()
     spoil(spoiled)  # type: ignore[operator]
     with pytest.raises(PeerFault, match=message):
-        wire.check_batch(spoiled, 2)
+        check_batch(spoiled, 2)
 
 
 def test_a_batch_of_events_alone_is_taken() -> None:
-    wire.check_batch(StepBatch(), 2)
+    check_batch(StepBatch(), 2)

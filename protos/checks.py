@@ -1,32 +1,20 @@
-"""The rules of the wire that the ``.proto`` files can't state: shapes, lengths, names, byte order.
+"""What may go on the wire: the rules that the ``.proto`` files can't state, of shapes, lengths and names.
 
-The only hand-written code that takes messages apart; both ends use it.
+The publisher and the server refuse by the same functions; a new check of what arrives belongs here.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-
-import numpy as np
 
 from gradiometer.protos.batch_pb2 import StepBatch
+from gradiometer.protos.columns import COLUMN_DTYPE, SCALAR_DTYPE
 from gradiometer.protos.run_pb2 import LOSS_REDUCTION_UNSPECIFIED, Run
 from gradiometer.stats_core import catalog
 from gradiometer.stats_core.errors import PeerFault
 
-__all__ = [
-    "COLUMN_DTYPE",
-    "SCALAR_DTYPE",
-    "check_batch",
-    "check_run",
-    "column_arrays",
-    "layers_differ",
-    "pack_batch",
-    "scalar_arrays",
-]
+__all__ = ["LARGEST_STEP", "check_batch", "check_run", "layers_differ"]
 
-COLUMN_DTYPE = np.dtype("<f4")
-SCALAR_DTYPE = np.dtype("<f8")
 MAX_LAYERS = 100_000
+LARGEST_STEP = 2**63 - 1
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SCALAR_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]{0,127}")
 _COLUMNS = frozenset(row.name for row in catalog.WIRE)
@@ -78,6 +66,9 @@ def check_batch(batch: StepBatch, num_layers: int) -> None:
     steps = len(batch.steps)
     if any(later <= earlier for earlier, later in zip(batch.steps, batch.steps[1:], strict=False)):
         raise PeerFault("Publish needs steps in ascending order, got a step twice or going back; sort the batch")
+    highest = max((*batch.steps[-1:], *(event.step for event in batch.events)), default=0)
+    if highest > LARGEST_STEP:
+        raise PeerFault(f"Publish needs steps below 2^63, got step={highest}; count optimizer steps from 0")
     if len(batch.unix_nanos) != steps:
         raise PeerFault(
             f"Publish needs one time a step, got steps={steps}, unix_nanos={len(batch.unix_nanos)}; "
@@ -128,38 +119,3 @@ def _check_length(what: str, name: str, got: int, wanted: int) -> None:
             f"Publish needs {wanted} bytes in {what}={name!r}, got {got}; send little-endian values for every step"
             + (" and layer" if what == "column" else "")
         )
-
-
-def pack_batch(
-    steps: Sequence[int],
-    unix_nanos: Sequence[int],
-    num_layers: int,
-    columns: Mapping[str, np.ndarray],
-    scalars: Mapping[str, np.ndarray],
-) -> StepBatch:
-    """A message from arrays of shape ``(steps, layers)`` and ``(steps,)``.
-
-    Example:
-        >>> import numpy as np
-        >>> batch = pack_batch([7], [0], 2, {"mean_sq_norm": np.array([[1.0, 2.0]])}, {"loss": np.array([0.5])})
-        >>> column_arrays(batch)["mean_sq_norm"]
-        array([[1., 2.]], dtype=float32)
-    """
-    return StepBatch(
-        steps=steps,
-        unix_nanos=unix_nanos,
-        num_layers=num_layers,
-        columns={name: np.ascontiguousarray(values, COLUMN_DTYPE).tobytes() for name, values in columns.items()},
-        scalars={name: np.ascontiguousarray(values, SCALAR_DTYPE).tobytes() for name, values in scalars.items()},
-    )
-
-
-def column_arrays(batch: StepBatch) -> dict[str, np.ndarray]:
-    """The columns of a checked batch, shape ``(steps, layers)`` each: views, read-only."""
-    shape = (len(batch.steps), batch.num_layers)
-    return {name: np.frombuffer(values, COLUMN_DTYPE).reshape(shape) for name, values in batch.columns.items()}
-
-
-def scalar_arrays(batch: StepBatch) -> dict[str, np.ndarray]:
-    """The scalars of a checked batch, shape ``(steps,)`` each: views, read-only."""
-    return {name: np.frombuffer(values, SCALAR_DTYPE) for name, values in batch.scalars.items()}

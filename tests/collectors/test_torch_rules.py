@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import gradiometer as gm
-from gradiometer.collectors.torch_samplers import batch_norms, couples, plan_model
+from gradiometer.collectors.torch_rules import batch_norms, couples, plan_model
 from tests.torch_models import Case, assert_agrees, padded_tokens, reference_moments, signals, squared, tokens, vectors
 
 

@@ -13,8 +13,9 @@ from typing import Any, Self
 
 import grpc
 
-from gradiometer.protos import ingest_pb2_grpc, wire
+from gradiometer.protos import ingest_pb2_grpc
 from gradiometer.protos.batch_pb2 import StepBatch
+from gradiometer.protos.checks import check_batch, check_run, layers_differ
 from gradiometer.protos.ingest_pb2 import (
     PublishRequest,
     PublishResponse,
@@ -89,11 +90,11 @@ class IngestServer(ingest_pb2_grpc.IngestServiceServicer):
         if self.refuse is not None:
             context.abort(self.refuse, "not today")
         try:
-            wire.check_run(run)
+            check_run(run)
         except PeerFault as fault:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(fault))
         known = self.runs.get(run.run_id)
-        difference = wire.layers_differ(known, run) if known else None
+        difference = layers_differ(known, run) if known else None
         if difference:
             context.abort(grpc.StatusCode.ALREADY_EXISTS, f"run has other layers: {difference}; choose another name")
         self.runs.setdefault(run.run_id, run)
@@ -115,7 +116,7 @@ class IngestServer(ingest_pb2_grpc.IngestServiceServicer):
                 context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "disk full")
             sequence, batch = request.batch.sequence, request.batch.batch
             try:
-                wire.check_batch(batch, len(self.runs[hello.run_id].layers))
+                check_batch(batch, len(self.runs[hello.run_id].layers))
             except PeerFault as fault:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(fault))
             with self._lock:
