@@ -15,8 +15,9 @@ import numpy as np
 
 from gradiometer.collectors.outbox import Outbox
 from gradiometer.collectors.slots import Measurement, Slots
-from gradiometer.protos import wire
 from gradiometer.protos.batch_pb2 import Event, StepBatch
+from gradiometer.protos.checks import LARGEST_STEP, check_batch
+from gradiometer.protos.columns import pack_batch
 from gradiometer.stats_core.errors import PeerFault
 
 __all__ = ["MAX_BATCH_BYTES", "Packer"]
@@ -125,7 +126,7 @@ class Packer:
 
     def _add(self, batch: StepBatch) -> None:
         try:
-            wire.check_batch(batch, self._num_layers)
+            check_batch(batch, self._num_layers)
         except PeerFault as fault:  # the server would refuse the run for it
             self.dropped += len(batch.steps)
             self.complain(f"a batch was dropped: {fault}")
@@ -181,7 +182,7 @@ class Packer:
         if not steps and not events:
             return None
         names_of_scalars = sorted({name for row in scalars for name in row})
-        batch = wire.pack_batch(
+        batch = pack_batch(
             steps,
             nanos,
             self._num_layers,
@@ -196,7 +197,7 @@ class Packer:
             step = int(measurement.step)
         except (TypeError, ValueError):
             step = -1
-        if 0 <= step < 1 << 64:
+        if 0 <= step <= LARGEST_STEP:
             return step
         self.dropped += 1
         self.complain(
@@ -244,7 +245,7 @@ class Packer:
         if name not in self._good_names:
             probe = StepBatch(steps=[0], unix_nanos=[0], num_layers=self._num_layers, scalars={name: bytes(8)})
             try:
-                wire.check_batch(probe, self._num_layers)
+                check_batch(probe, self._num_layers)
             except PeerFault as fault:
                 self.complain(str(fault).replace("Publish needs", "record needs", 1))
                 return False

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from gradiometer.protos import run_pb2, wire
+from gradiometer.protos import run_pb2
+from gradiometer.protos.checks import check_run
 from gradiometer.protos.run_pb2 import Coverage, Layer, Run, World
 from gradiometer.stats_core import catalog
 from gradiometer.stats_core.errors import PeerFault
@@ -96,7 +97,7 @@ def complete(run: Run) -> Run:
     run.world.size = run.world.size or 1
     run.world.host = run.world.host or socket.gethostname()
     try:
-        wire.check_run(run)
+        check_run(run)
     except PeerFault as fault:
         raise ValueError(str(fault).replace("RegisterRun needs", "Publisher needs", 1)) from None
     return run
