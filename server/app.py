@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from gradiometer.protos import ingest_pb2, ingest_pb2_grpc, query_pb2, query_pb2_grpc
-from gradiometer.server.exporter import register_exporter
+from gradiometer.server.exporter import ExportSettings, register_exporter
 from gradiometer.server.live import Live
 from gradiometer.server.meters import Meters
 from gradiometer.server.service import IngestServicer, QueryServicer
@@ -88,7 +88,8 @@ async def serve(
         store = await asyncio.to_thread(EmbeddedStore, settings, meters)
         try:
             await _replay(store, live, settings)
-            register_exporter(live, meters.registry)
+            shown = ExportSettings(all_layers=settings.export_all_layers, max_series=settings.export_max_series)
+            register_exporter(live, meters.registry, shown)
             hosts = ("*",) if settings.allow_remote else LOOPBACK_HOSTS
             web = _Web(create_web(live, store, meters.registry, allowed_hosts=hosts), settings.stop_seconds)
             ingest = IngestServicer(store, live, meters, max_queued_bytes=settings.max_queued_bytes)

@@ -81,6 +81,9 @@ class Settings(BaseSettings):
         roll_bytes: journalled bytes of a run that make a segment.
         roll_seconds: age of a run's oldest journalled batch that makes a segment.
         roll_check_seconds: how often the roller looks.
+        export_all_layers: ``/metrics`` shows every layer of every model; else of models of more than 64 layers
+            the 20 with the lowest signal-to-noise ratio.
+        export_max_series: at most so many series of single layers, over all runs.
         stop_seconds: how long open streams and pages may take to end at shutdown.
     """
 
@@ -95,11 +98,13 @@ class Settings(BaseSettings):
     max_message_bytes: int = Field(8 * MIB, ge=64 * 1024, le=1024 * MIB)
     max_queued_bytes: int = Field(64 * MIB, ge=MIB)
     window_steps: int = Field(32, ge=1, le=100_000)
-    replay_steps: int = Field(256, ge=1)
+    replay_steps: int = Field(2048, ge=1)
     replay_runs: int = Field(16, ge=0)
     roll_bytes: int = Field(16 * MIB, ge=4096)
     roll_seconds: float = Field(600.0, gt=0)
     roll_check_seconds: float = Field(1.0, gt=0)
+    export_all_layers: bool = False
+    export_max_series: int = Field(50_000, ge=0)
     stop_seconds: float = Field(3.0, ge=0)
 
     @classmethod
