@@ -1,5 +1,6 @@
 """Moments over a mapped axis, on two devices (of the CPU, in a process of their own)."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+@functools.cache
 def of_one_device(case: str) -> dict[str, np.ndarray]:
     options = {} if case in ("weights", "padding") else {"batch_argnums": (1, 2)}
     fn = jax.jit(function(case, **options))
