@@ -5,14 +5,14 @@ import math
 import numpy as np
 import torch
 
-from gradiometer.collectors import torch_rows
+from gradiometer.collectors import torch_handover
 
 
 def test_steps_for_which_no_host_buffer_is_free_are_dropped_and_counted() -> None:
-    rows = torch_rows.HostRows(2, torch.device("cpu"), slots=1)
+    rows = torch_handover.HostRows(2, torch.device("cpu"), slots=1)
 
-    def numbers(step: int) -> torch_rows.StepNumbers:
-        return torch_rows.StepNumbers(
+    def numbers(step: int) -> torch_handover.StepNumbers:
+        return torch_handover.StepNumbers(
             step,
             1,
             np.full((2, 1), np.nan, np.float32),

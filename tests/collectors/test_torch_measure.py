@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradiometer as gm
-from gradiometer.collectors import torch_rows
+from gradiometer.collectors import torch_handover
 from gradiometer.optimizers.torch_api import MAdam
 from gradiometer.stats_core import catalog, maxva
 from gradiometer.stats_core.maxva import TemporalMoments
@@ -232,13 +232,13 @@ def test_nothing_leaves_the_device_but_the_one_copy_of_the_summary(
     optimizer = MAdam(model.parameters(), lr=0.01, variance="per_example", weight_decay=0.1, amsgrad=True)
     x, y = chosen.draw(4)
     buffers: list[torch.Tensor] = []
-    made = torch_rows.HostRows.__init__
+    made = torch_handover.HostRows.__init__
 
     def remember(self, *args, **kwargs):
         made(self, *args, **kwargs)
         buffers.extend(self._free)
 
-    monkeypatch.setattr(torch_rows.HostRows, "__init__", remember)
+    monkeypatch.setattr(torch_handover.HostRows, "__init__", remember)
 
     def step() -> None:
         optimizer.zero_grad()
