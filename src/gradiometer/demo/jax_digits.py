@@ -66,6 +66,7 @@ def train(steps: int, *, run: str | None = None, endpoint: str | None = None, se
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     measured = gm.value_and_grad(loss_fn)
+    measured.check(params, (images[:BATCH], labels[:BATCH]))  # is the loss the mean of its rows' losses?
 
     @jax.jit
     def step(params, opt_state, temporal, batch):  # type: ignore[no-untyped-def]
