@@ -1,9 +1,10 @@
 """The table of statistics: what each is called, means, is measured in and is made of.
 
 The wire, the store's schema, the exporter, the live page and the glossary all read this table. A
-statistic is added in one row here and one function in `gradiometer.stats_core`.
+statistic is added in one row here and one function in `gradiometer.stats_core`: a sum or a mean comes
+from `noise.noise_sums`, `summary.step_sums` or `summary.maxva_sums`, a ratio needs no function.
 
-Three kinds travel differently:
+Four kinds add up differently:
 
 * ``sum``: additive over the elements of a layer; travels. Read over a window as its mean per step.
 * ``mean``: a mean over the elements of a layer; travels, and is re-aggregated with the layers' sizes.
