@@ -13,12 +13,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
+import structlog
+
 from gradiometer.server.journal import Entry, Journal
 from gradiometer.server.meters import Meters
 from gradiometer.stats_core.errors import StoreError
 
 __all__ = ["Writer"]
 
+_log = structlog.get_logger("gradiometer.writer")
 Result = TypeVar("Result")
 _GROUP_BYTES = 32 << 20
 
@@ -51,6 +54,7 @@ class Writer:
         self._lock = threading.Lock()
         self._queued_bytes = 0
         self._closed = False
+        self._failures = 0  # in a row
         self._thread = threading.Thread(target=self._work, name="gradiometer-writer", daemon=True)
         self._thread.start()
 
@@ -136,9 +140,12 @@ class Writer:
             outcomes = self._journal.append([item.entry for item in group])
         except Exception as error:  # noqa: BLE001 - every stream learns of it, and the server stays up
             self._meters.commit_failed()
+            self._failed(error)
             outcomes = [error] * len(group)
         else:
             stored = [item.entry.batch for item, outcome in zip(group, outcomes, strict=True) if outcome is True]
+            if stored:  # a transaction of nothing but batches behind a failed one proves nothing
+                self._succeeded()
             rows = sum(len(batch.steps) * batch.num_layers for batch in stored)
             self._meters.committed(time.perf_counter() - started, len(stored), rows)
         with self._lock:
@@ -148,6 +155,18 @@ class Writer:
                 item.future.set_exception(outcome)
             else:
                 item.future.set_result(outcome)
+
+    def _failed(self, error: Exception) -> None:
+        """One line a spell of failures, however many there are."""
+        self._failures += 1
+        if self._failures == 1:
+            cause = error.__cause__
+            _log.error("batches can't be stored", why=str(error), reason=str(cause) if cause else type(error).__name__)
+
+    def _succeeded(self) -> None:
+        if self._failures:
+            _log.info("batches are stored again", failed_commits=self._failures)
+            self._failures = 0
 
 
 def _stopping() -> StoreError:

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from gradiometer.server.journal import Journal
 from gradiometer.server.meters import Meters
 from gradiometer.server.writer import Writer
-from gradiometer.stats_core.errors import PeerFault, StoreError
+from gradiometer.stats_core.errors import OurFault, PeerFault, StoreError
 from tests.server.batches import entry, make_batch, make_run
 
 
@@ -85,6 +86,27 @@ def test_a_failed_transaction_fails_all_its_batches_and_the_writer_goes_on(
     assert value(meters, "ingest_commit_failures_total") == 1
     writer.call(lambda j: j._db.execute("PRAGMA query_only = OFF")).result(30)
     assert writer.append(entry(1, make_batch(1))).result(30) is True
+
+
+def test_a_spell_of_failures_is_one_line_and_its_end_another(writer: Writer) -> None:
+    with capture_logs() as lines:
+        for sequence in (1, 2):
+            writer.call(lambda j: j._db.execute("PRAGMA query_only = ON")).result(30)
+            for _ in range(3):
+                with pytest.raises(StoreError):
+                    writer.append(entry(sequence, make_batch(sequence))).result(30)
+            writer.call(lambda j: j._db.execute("PRAGMA query_only = OFF")).result(30)
+            with pytest.raises(OurFault):  # it lay behind a failed one: nothing was written
+                writer.append(entry(sequence + 1, make_batch(1))).result(30)
+            for _ in range(2):
+                writer.append(entry(sequence, make_batch(sequence))).result(30)
+    assert [(line["log_level"], line["event"]) for line in lines] == 2 * [
+        ("error", "batches can't be stored"),
+        ("info", "batches are stored again"),
+    ]
+    assert lines[0]["reason"] == "attempt to write a readonly database"
+    assert "see the disk, publishers will try again" in lines[0]["why"]
+    assert lines[1]["failed_commits"] == 3
 
 
 def test_batches_behind_a_failed_one_do_not_overtake_it(writer: Writer, journal: Journal) -> None:
