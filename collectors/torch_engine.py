@@ -107,6 +107,7 @@ class Engine:
         plan: what can be measured.
         loss_reduction: what the loss does with the examples of a pass.
         verifier: checks axes and sums at first sight.
+        on_start: called with each pass when its backward pass begins, before any of its gradients is there.
         on_done: called with each pass when its backward pass is over.
         on_spoilt: called with a reason where a step can't be measured as a whole.
         on_error: called with an exception that was kept from the user.
@@ -118,6 +119,7 @@ class Engine:
         *,
         loss_reduction: LossReduction,
         verifier: Verifier,
+        on_start: Callable[[Pass], None],
         on_done: Callable[[Pass], None],
         on_spoilt: Callable[[str], None],
         on_error: Callable[[Exception], None],
@@ -125,6 +127,7 @@ class Engine:
         self._plan = plan
         self._loss_reduction = loss_reduction
         self._verifier = verifier
+        self._on_start = on_start
         self._on_done = on_done
         self._on_spoilt = on_spoilt
         self._on_error = on_error
@@ -232,6 +235,8 @@ class Engine:
             if other is not None and other._task == task:
                 reason = "one backward pass went through two forward passes of the model"
                 return self._give_up(reason, done, other) if done.measured else False
+            with torch.no_grad():
+                self._on_start(done)
             done._task, self._under_way = task, done
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._finished, done))
         elif done._task != task and done.measured:

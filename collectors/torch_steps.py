@@ -78,6 +78,7 @@ class StepFollower:
             plan,
             loss_reduction=settings.loss_reduction,
             verifier=FirstSight(plan, settings.loss_reduction),
+            on_start=self._backward_begins,
             on_done=self._backward_done,
             on_spoilt=self._spoil,
             on_error=self._turn_off,
@@ -95,7 +96,9 @@ class StepFollower:
         self._batch = LogicalBatch(settings.loss_reduction)
         self._numbers: StepNumbers | None = None  # of this step, until it closes
         self._in_optimizer = False
-        self._grad_version = 0
+        # A gradient that the last pass left, with its parameter and version, to see whether it was cleared since.
+        self._left: tuple[nn.Parameter, weakref.ref[Tensor], int] | None = None
+        self._carried: int | None = None  # a step that was closed late: what was begun in it belongs to the open one
         self._began = self._last_plain = 0.0
 
     def moments_of(self, parameter: Any) -> Moments | None:
@@ -167,13 +170,34 @@ class StepFollower:
             self._turn_off(f"{names} normalises over the batch, so that no example has a gradient of its own")
             return
         if self._is_open and self._batch.passes and self._optimizer is not None and self._was_skipped():
-            if not self._in_optimizer:
-                self._close_step(skipped=True)
-            else:  # a closure that is evaluated again: the step is made of its last evaluation
-                self._batch = LogicalBatch(self._settings.loss_reduction)
+            self._start_over()
         if not self._is_open:
             self._begin_step()
         self._engine.begin(self._new_pass(args, kwargs))
+
+    def _start_over(self) -> bool:
+        """The passes so far led to no step, and their gradients are gone: True where that closes the step."""
+        if self._in_optimizer:  # a closure that is evaluated again: the step is made of its last evaluation
+            self._batch = LogicalBatch(self._settings.loss_reduction)
+            return False
+        self._close_step(skipped=True)
+        return True
+
+    def _backward_begins(self, done: Pass) -> None:
+        """Ask again whether the open step was skipped: gradients may be cleared between forward and backward."""
+        if self._is_off or not self._is_open:
+            return
+        if done.step == self._carried:
+            done.step = self._step
+        if done.step != self._step or not self._batch.passes or not self._was_cleared():
+            return
+        loss_scale = self._batch.loss_scale  # may have been said since the forward pass
+        if self._start_over():
+            self._carried = done.step
+            self._begin_step()
+            self._is_measured = self._is_measured and done.measured
+            done.step = self._step
+        self._batch.loss_scale = loss_scale
 
     def _begin_step(self) -> None:
         now = time.perf_counter()
@@ -236,7 +260,9 @@ class StepFollower:
         if done.measured and not self._is_measured:
             done.moments.clear()
         self._batch.add(done)
-        self._grad_version = next((grad._version for grad in self._grads()), 0)
+        self._left = next(
+            ((p, weakref.ref(p.grad), p.grad._version) for p in self._its_own() if p.grad is not None), None
+        )
         if self._is_measured:
             self._missing = dict(self._batch.missing)
         if self._optimizer is None and self._batch.passes >= self._settings.accumulation:
@@ -266,17 +292,27 @@ class StepFollower:
     def _was_skipped(self) -> bool:
         """True where the gradients of the open step are gone, although the optimizer made no step."""
         assert self._optimizer is not None
-        first = next(self._grads(), None)
-        if first is None:
+        if self._left is None:
+            return all(p.grad is None for group in self._optimizer.param_groups for p in group["params"])
+        return self._was_cleared()
+
+    def _was_cleared(self) -> bool:
+        """True where the gradients that the last pass left are not in the parameters any more."""
+        if self._left is None:
+            return False
+        parameter, left, version = self._left
+        if parameter.grad is None or parameter.grad is not left():
             return True
-        if first._version == self._grad_version:
+        if parameter.grad._version == version:
             return False
         # Changed in place since the backward pass, and no step made: the one place where values are looked at.
-        return not any(bool(grad.any()) for grad in self._grads())
+        return not any(bool(p.grad.any()) for p in self._its_own() if p.grad is not None)
 
-    def _grads(self) -> Iterator[Tensor]:
+    def _its_own(self) -> Iterator[nn.Parameter]:
+        """The optimizer's parameters that can be measured: their gradients come after the model's output."""
         groups = [] if self._optimizer is None else self._optimizer.param_groups
-        return (p.grad for group in groups for p in group["params"] if p.grad is not None)
+        known, refused = self._plan.names, self._plan.refused
+        return (p for group in groups for p in group["params"] if p in known and p not in refused)
 
     def _measure(self, *, with_optimizer: bool, skipped: bool = False) -> None:
         if self._batch.examples == 1:
