@@ -20,6 +20,7 @@ __all__ = ["Backoff", "Sender"]
 _log = logging.getLogger("gradiometer")
 
 _POLL = 0.05  # seconds
+_SILENCE = 5.0  # seconds that batches wait for an answer before it is said that none comes
 _GRACE = 0.3  # seconds that a thread is given to see that it is to end
 
 
@@ -62,10 +63,11 @@ class Sender:
         outbox: what to send.
         spools: folder whose left-over spools are replayed; None for none.
         backoff: how long to wait between attempts.
+        silence: seconds that batches wait for an acknowledgement before it is said that the server gives no answer.
         on_refused: called once the server has refused the run for good.
 
     Attributes:
-        state: for display: "connecting", "connected", "no server", "refused: …" or "closed".
+        state: for display: "connecting", "connected", "no answer", "no room", "no server", "refused: …" or "closed".
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Sender:
         *,
         spools: Path | None = None,
         backoff: Backoff | None = None,
+        silence: float = _SILENCE,
         on_refused: Callable[[], None] = lambda: None,
     ) -> None:
         self._endpoint = endpoint
@@ -85,6 +88,7 @@ class Sender:
         self._outbox = outbox
         self._spools = spools
         self._backoff = backoff or Backoff()
+        self._silence = silence
         self._on_refused = on_refused
         self._metadata: Metadata = (("authorization", f"Bearer {credentials.token}"),) if credentials.token else ()
         self._finishing = threading.Event()
@@ -146,18 +150,25 @@ class Sender:
             self._channel = channel
             stub = IngestServiceStub(channel)
             stream = Stream(stub, self._run, self._outbox, self._metadata)
+            ended = threading.Event()
+            watch = threading.Thread(target=self._watch, args=(stream, ended), name="gradiometer-watch", daemon=True)
+            watch.start()
             try:
                 stream.converse(lambda: self._welcomed(stub))
                 self._finish_replay()
                 self.state = "connecting"
             finally:
+                ended.set()
+                watch.join()
                 self._channel = None
                 if stream.progressed:
+                    self._stored_again()
                     self._backoff.reset()
 
     def _welcomed(self, stub: IngestServiceStub) -> None:
         self._outbox.set_away(away=False)
-        self.state = "connected"
+        if self.state != "no room" or self._outbox.is_empty:
+            self.state = "connected"
         if self._told_away:
             self._told_away = False
             waiting = self._outbox.last - self._outbox.acknowledged
@@ -166,6 +177,35 @@ class Sender:
             arguments = (stub, self._spools, self._metadata)
             self._replay = threading.Thread(target=replay, args=arguments, name="gradiometer-replay", daemon=True)
             self._replay.start()
+
+    def _watch(self, stream: Stream, ended: threading.Event) -> None:
+        """While a connection lasts, see whether the server acknowledges what it is sent (it may be stopped, say)."""
+        tick, waited, acknowledged = min(self._silence / 4, 1.0), 0.0, self._outbox.acknowledged
+        while not ended.wait(tick):
+            if stream.progressed:
+                self._stored_again()
+            if self._outbox.is_empty or self._outbox.acknowledged != acknowledged:
+                acknowledged, waited = self._outbox.acknowledged, 0.0
+                if self.state == "no answer":
+                    self.state = "connected"
+                    _log.warning("the server at %s answers again", self._endpoint)
+                continue
+            waited += tick  # not by the clock: this process may have been stopped itself
+            if self.state == "connected" and waited >= self._silence:
+                self.state = "no answer"
+                _log.warning(
+                    "the server at %s gives no answer (batches waiting: %d, for %.3g s); measurements wait in %s; "
+                    "see whether its process is stopped or its disk hangs",
+                    self._endpoint,
+                    self._outbox.last - self._outbox.acknowledged,
+                    self._silence,
+                    self._spools or "memory",
+                )
+
+    def _stored_again(self) -> None:
+        if self.state == "no room":
+            self.state = "connected"
+            _log.warning("the server at %s stores measurements again", self._endpoint)
 
     def _finish_replay(self) -> None:
         """Let left-over spools be sent while this connection is there and there is time."""
@@ -187,8 +227,21 @@ class Sender:
                 f"; {ENVIRONMENT_FAULTS[code]}" if code in ENVIRONMENT_FAULTS else "",
             )
             return True
-        if self.state == "connected":
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            if self.state != "no room" and not self._stopped:
+                self.state = "no room"
+                _log.warning(
+                    "the server at %s takes nothing for now (%s: %s); measurements wait in %s and are sent again "
+                    "until it does",
+                    self._endpoint,
+                    code.name,
+                    details,
+                    self._spools or "memory",
+                )
+        elif self.state == "connected":
             self.state = "connecting"
+        elif self.state == "no answer":
+            self._told_away = True  # the same outage
         elif not self._told_away and not self._stopped:
             self._told_away = True
             self.state = "no server"

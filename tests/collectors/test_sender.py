@@ -34,6 +34,7 @@ def sender(
     token: str | None = None,
     on_refused: Callable[[], None] = lambda: None,
     longest: float = QUICK,
+    silence: float = 30.0,
 ) -> Sender:
     made = Sender(
         Endpoint("127.0.0.1", port),
@@ -42,6 +43,7 @@ def sender(
         outbox,
         backoff=Backoff(shortest=QUICK, longest=longest),
         on_refused=on_refused,
+        silence=silence,
     )
     made.start()
     return made
@@ -136,10 +138,9 @@ def test_a_connection_that_comes_back_at_once_is_no_line(caplog: pytest.LogCaptu
         made = sender(server.port, outbox)
         fill(outbox, range(1))
         assert outbox.wait_empty(timeout=15)
-        server.abort_after = 0
+        server.kill()
+        server.start()
         fill(outbox, range(1, 2))
-        eventually(lambda: made.state == "connecting")
-        server.abort_after = None
         assert outbox.wait_empty(timeout=15)
         made.finish(timeout=10)
     server.kill()
@@ -147,20 +148,71 @@ def test_a_connection_that_comes_back_at_once_is_no_line(caplog: pytest.LogCaptu
     assert not any(record.levelno >= logging.ERROR for record in caplog.records)
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL])
-def test_a_status_that_may_pass_is_tried_again(code: grpc.StatusCode, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("code", "state", "said"),
+    [
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "no room", "takes nothing for now (RESOURCE_EXHAUSTED: not today)"),
+        (grpc.StatusCode.INTERNAL, "no server", "does not answer (INTERNAL: not today)"),
+    ],
+)
+def test_a_status_that_may_pass_is_tried_again(
+    code: grpc.StatusCode, state: str, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with IngestServer() as server:
         server.refuse = code
         outbox = Outbox()
         fill(outbox, range(3))
         with caplog.at_level(logging.INFO, "gradiometer"):
             made = sender(server.port, outbox)
-            eventually(lambda: made.state == "no server")
+            eventually(lambda: made.state == state)
             server.refuse = None
             assert outbox.wait_empty(timeout=15)
             made.finish(timeout=10)
-        assert f"does not answer ({code.name}: not today)" in caplog.text
+        assert said in caplog.text
         assert server.steps("a") == [0, 1, 2]
+
+
+def test_a_server_without_room_is_two_lines_however_often_it_is_tried(caplog: pytest.LogCaptureFixture) -> None:
+    with IngestServer() as server, caplog.at_level(logging.INFO, "gradiometer"):
+        server.abort_after = 0
+        outbox = Outbox()
+        fill(outbox, range(3))
+        made = sender(server.port, outbox)
+        eventually(lambda: made._backoff._failures > 5)
+        assert made.state == "no room"
+        server.abort_after = None
+        assert outbox.wait_empty(timeout=15)
+        eventually(lambda: made.state == "connected")
+        made.finish(timeout=10)
+        assert server.steps("a") == [0, 1, 2]
+    assert [record.message for record in caplog.records] == [
+        (
+            f"the server at 127.0.0.1:{server.port} takes nothing for now (RESOURCE_EXHAUSTED: disk full); "
+            "measurements wait in memory and are sent again until it does"
+        ),
+        f"the server at 127.0.0.1:{server.port} stores measurements again",
+    ]
+
+
+def test_a_server_that_holds_the_connection_and_answers_nothing_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    with IngestServer() as server, caplog.at_level(logging.INFO, "gradiometer"):
+        outbox = Outbox()
+        made = sender(server.port, outbox, silence=0.2)
+        eventually(lambda: made.state == "connected")
+        threading.Event().wait(0.4)
+        assert made.state == "connected", "with nothing to acknowledge silence is no fault"
+        server.hang = True
+        fill(outbox, range(3))
+        eventually(lambda: made.state == "no answer")
+        threading.Event().wait(0.5)
+        server.hang = False
+        eventually(lambda: made.state == "connected")
+        made.finish(timeout=10)
+        assert server.steps("a") == [0, 1, 2]
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == 2
+    assert lines[0].startswith(f"the server at 127.0.0.1:{server.port} gives no answer (batches waiting: 3, for 0.2 s)")
+    assert lines[1] == f"the server at 127.0.0.1:{server.port} answers again"
 
 
 @pytest.mark.parametrize(
