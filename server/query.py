@@ -101,6 +101,7 @@ class Reader:
             PeerFault: if there is no such run, layer or column, naming those there are.
             StoreError: if a segment is missing or damaged.
         """
+        first_step = min(first_step, LAST_STEP)  # the wire's numbers are wider than any step
         last = LAST_STEP if last_step is None else min(last_step, LAST_STEP)
         snapshot = self._ask(lambda: take(self._journal, {run_id}, first_step=first_step, last_step=last))
         if not snapshot.runs:

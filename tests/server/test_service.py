@@ -153,6 +153,19 @@ def test_other_layers_and_bad_runs_are_refused(client: Client) -> None:
         client.publish(numbered(1, make_batch(1)))
 
 
+def test_a_range_beyond_any_step_is_empty_or_cut(client: Client) -> None:
+    client.ingest.RegisterRun(register(make_run("wide")))
+    client.publish(hello("wide"), numbered(1, make_batch(1, 2)))
+
+    def steps(**bounds: int) -> list[int]:
+        asked = QueryRangeRequest(run_id="wide", **bounds)  # type: ignore[arg-type]
+        return [step for answer in client.query.QueryRange(asked) for step in answer.batch.steps]
+
+    assert steps(first_step=2**64 - 1) == steps(first_step=2**63) == []
+    assert steps(last_step=2**64 - 1) == steps(last_step=2**63) == [1, 2]
+    assert steps(first_step=2, last_step=2**64 - 1) == [2]
+
+
 def test_a_message_that_is_too_large_is_refused_and_the_server_stays_up(client: Client) -> None:
     client.ingest.RegisterRun(register(make_run("large")))
     with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max"):
