@@ -105,6 +105,14 @@ def check_format(path: Path, *, may_be_new: bool = False) -> None:
                     "name another directory with --data"
                 ) from None
         return
+    except (OSError, UnicodeDecodeError) as error:
+        if may_be_new and isinstance(error, OSError):
+            raise  # whoever wants to write says so in its own words
+        reason = error.strerror if isinstance(error, OSError) else "its FORMAT is no text"
+        raise StoreError(
+            f"Store needs a data directory that it can read, got data={str(path)!r} ({reason}); "
+            "name the directory of a server with --data"
+        ) from None
     if text != f"gradiometer-data {FORMAT}":
         raise StoreError(
             f"Store needs data of format {FORMAT}, got data={str(path)!r} of {text[:40]!r}; "

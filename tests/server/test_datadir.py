@@ -74,3 +74,15 @@ def test_a_path_that_can_not_be_a_directory_is_refused(tmp_path: Path) -> None:
 def test_reading_a_directory_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="name the directory of a server with --data"):
         check_format(tmp_path)
+
+
+def test_a_path_that_is_a_file_or_holds_no_text_is_one_line_to_readers_and_servers(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(StoreError, match=r"that it can read, got data='.*file' \(Not a directory\)"):
+        check_format(path)
+    with pytest.raises(StoreError, match="that it can write, got data="):
+        DataDirectory(path)
+    (tmp_path / "FORMAT").write_bytes(b"\xff\xfe")
+    with pytest.raises(StoreError, match="its FORMAT is no text"):
+        check_format(tmp_path)
