@@ -167,7 +167,7 @@ class FirstSight:
                 )
             verdicts = self._verdicts(rows)
         except Exception as error:  # noqa: BLE001 - a check that fails leaves its question open
-            self._trouble = f"; the check failed with {type(error).__name__}: {error}"
+            self._trouble = f"; the check failed with {type(error).__name__}"
             _log.debug("gradiometer: the check of the batch axis failed", exc_info=True)
             return
         finally:

@@ -277,7 +277,7 @@ class Engine:
             for parameter in parameters:
                 self._add(done, parameter, samples[parameter])
         except Exception as error:  # noqa: BLE001
-            done.missing.update(dict.fromkeys(parameters, f"its sampler failed: {type(error).__name__}: {error}"))
+            done.missing.update(dict.fromkeys(parameters, f"its sampler failed with {type(error).__name__}"))
 
     def _without_reduction(self, grad: Tensor, done: Pass) -> Tensor:
         """The output's gradient in float32 or wider, as it would be of each example's own loss, up to one factor."""

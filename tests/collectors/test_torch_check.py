@@ -139,7 +139,7 @@ def test_a_check_that_fails_leaves_its_layers_uncovered_and_the_step_alone() -> 
     x, y = case("mlp").draw(5)
     with gm.attach(model, endpoint="off") as collector:
         squared(model(x), y).mean().backward()
-        assert "the check failed with RuntimeError: once is too often" in collector.coverage.uncovered[0].reason
+        assert collector.coverage.uncovered[0].reason.endswith("the check failed with RuntimeError")  # not what it says
         assert not collector.moments
         squared(model(x), y).mean().backward()
         assert not collector.coverage.uncovered

@@ -203,5 +203,15 @@ def test_a_sampler_that_fails_uncovers_its_layer_and_nothing_else(caplog: pytest
     with caplog.at_level(logging.WARNING, "gradiometer"), gm.attach(model, endpoint="off") as collector:
         squared(model(x), y).mean().backward()
         assert set(collector.moments) == {"1.weight", "1.bias"}
-        assert "its sampler failed: RuntimeError: not today" in collector.coverage.uncovered[0].reason
+        assert collector.coverage.uncovered[0].reason == "its sampler failed with RuntimeError"  # not what it says
     assert not caplog.records
+
+
+def test_a_sampler_that_forgets_a_parameter_leaves_no_tensor_in_the_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
+    from opacus.grad_sample import GradSampleHooks
+
+    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, lambda *_: {})
+    model = nn.Linear(3, 2)
+    with gm.attach(model, endpoint="off") as collector:
+        model(torch.ones(4, 3)).mean().backward()
+        assert {uncovered.reason for uncovered in collector.coverage.uncovered} == {"its sampler failed with KeyError"}
