@@ -141,7 +141,7 @@ class Publisher:
 
     @property
     def state(self) -> str:
-        """For display: "off", "connecting", "connected", "no answer", "no room", "no server", "refused: …" or "closed"."""
+        """For display: as `Sender.state`, or "off"."""
         return self._sender.state if self._live else self._ended
 
     def record(
