@@ -127,6 +127,12 @@ def report(reader: Reader, run_id: str | None = None) -> list[RunReport]:
         PeerFault: if there is no such run; the message lists those there are.
     """
     found = reader.list_runs()
+    if run_id is not None and not found:
+        raise PeerFault(
+            f"report needs a stored run, got run={run_id!r} of a store that holds no runs yet; "
+            "attach a training job with gm.attach(model, optimizer), or try `gradiometer demo`",
+            status="NOT_FOUND",
+        )
     if run_id is not None:
         known = [status.run.run_id for status in found]
         found = [status for status in found if status.run.run_id == run_id]

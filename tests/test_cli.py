@@ -8,8 +8,11 @@ import gradiometer as gm
 from gradiometer import cli
 from gradiometer.protos.run_pb2 import Layer
 from gradiometer.server.remote import RemoteStore
+from gradiometer.server.settings import Settings
+from gradiometer.server.store import EmbeddedStore
 from gradiometer.stats_core.errors import PeerFault, WireError
 from gradiometer.stats_core.summary import Summary
+from tests.server.batches import make_run
 from tests.server_process import eventually, running_server
 
 
@@ -46,13 +49,28 @@ def test_stored_runs_are_listed_and_reported_from_a_server_and_from_its_director
 def test_a_directory_without_runs_says_how_to_get_one(tmp_path: Path) -> None:
     with running_server(tmp_path / "data"):
         pass
-    assert "gm.attach(model, optimizer)" in said("runs", "--data", str(tmp_path / "data"))
+    for command in ("runs", "report"):
+        assert "gm.attach(model, optimizer)" in said(command, "--data", str(tmp_path / "data"))
+
+
+def test_a_narrow_terminal_folds_the_names_of_runs_and_cuts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "resnet50-imagenet-" * 5 + "end"
+    with EmbeddedStore(Settings(data=tmp_path)) as store:
+        store.register(make_run(name)).result(30)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = said("runs", "--data", str(tmp_path)).splitlines()
+    assert lines[0].split() == ["run", "framework", "layers", "measured", "steps", "last", "step"]
+    assert max(map(len, lines)) <= 80
+    assert "".join(line.split()[0] for line in lines[1:]) == name
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("runs", "--data", "nowhere"), "needs a data directory"),
+        (("runs", "--data", __file__), "needs a data directory that it can read"),
         (("runs", "--endpoint", "127.0.0.1:1"), "start one with `gradiometer serve`"),
         (("serve", "--grpc", "nowhere"), "needs HOST:PORT, got grpc='nowhere'"),
         (("serve", "--http", "0.0.0.0:0"), "--allow-remote"),

@@ -33,6 +33,7 @@ _Endpoint = Annotated[
     typer.Option("--endpoint", metavar="HOST:PORT", help="A running server, asked in place of the directory."),
 ]
 _DATA = Path("gradiometer-data")
+_NO_RUNS = "no runs yet; attach a training job with gm.attach(model, optimizer), or try `gradiometer demo`"
 
 
 def _version(wanted: bool) -> None:  # noqa: FBT001 - typer's callback
@@ -104,12 +105,19 @@ def runs(data: _Data = _DATA, endpoint: _Endpoint = None) -> None:
     with _reader(data, endpoint) as reader:
         found = reader.list_runs()
     if not found:
-        typer.echo("no runs yet; attach a training job with gm.attach(model, optimizer), or try `gradiometer demo`")
+        typer.echo(_NO_RUNS)
         return
     table = Table(header_style="bold", box=None, pad_edge=False)
     for heading in ("run", "framework", "layers", "measured", "steps", "last step"):
         numeric = heading in ("layers", "steps", "last step")
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+        is_name = heading == "run"  # on a narrow terminal it alone gives way, and onto further lines
+        table.add_column(
+            heading,
+            justify="right" if numeric else "left",
+            no_wrap=not is_name,
+            overflow="fold",
+            min_width=None if is_name else len(heading),
+        )
     for status in found:
         spec = status.run
         share = spec.coverage.num_params_measured / spec.coverage.num_params if spec.coverage.num_params else None
@@ -137,8 +145,11 @@ def report(
 
     console = Console()
     with _reader(data, endpoint) as reader:
-        for found in read(reader, run):
-            console.print(render(found, window=window))
+        found = read(reader, run)
+    if not found:
+        typer.echo(_NO_RUNS)
+    for one in found:
+        console.print(render(one, window=window))
 
 
 def _reader(data: Path, endpoint: str | None):  # type: ignore[no-untyped-def]

@@ -141,3 +141,14 @@ def test_a_large_model_shows_its_noisiest_layers() -> None:
     shown = list(table.columns[0].cells)
     assert shown[:5] == ["layer59", "layer58", "layer57", "layer56", "layer55"]
     assert table.caption == "5 of 60 layers, those of the largest variance"
+
+
+def test_a_run_of_a_store_without_runs_is_told_that_there_are_none() -> None:
+    class Bare(Shelf):
+        def list_runs(self) -> list[RunStatus]:
+            return []
+
+    assert report(Bare()) == []
+    with pytest.raises(PeerFault, match=r"got run='r' of a store that holds no runs yet; attach") as caught:
+        report(Bare(), "r")
+    assert caught.value.status == "NOT_FOUND"
