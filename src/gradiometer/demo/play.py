@@ -64,20 +64,28 @@ def play(data: Path, *, torch_steps: int, jax_steps: int, plain: bool, keep: boo
 
 
 def _follow(jobs: list[Job], screen: Screen, *, plain: bool, console: Console) -> None:
+    def under_way() -> bool:
+        return not all(job.ended for job in jobs) and not any(job.failed for job in jobs)
+
     if not plain:
         with Live(screen, console=console, refresh_per_second=4, transient=False, vertical_overflow="visible"):
-            while not all(job.ended for job in jobs) and not any(job.failed for job in jobs):
+            while under_way():
                 time.sleep(0.1)
         return
+    console.print(screen.addresses, highlight=False, soft_wrap=True)
+    said: list[str] = []
     next_line = time.monotonic()
-    while not all(job.ended for job in jobs) and not any(job.failed for job in jobs):
+    while True:
+        goes_on = under_way()
+        if time.monotonic() >= next_line or not goes_on:
+            lines = screen.lines()
+            for line in lines:
+                if line not in said:
+                    console.print(line, highlight=False, soft_wrap=True)
+            said, next_line = lines, next_line + 10
+        if not goes_on:
+            return
         time.sleep(0.1)
-        if time.monotonic() >= next_line:
-            for line in screen.lines():
-                console.print(line, highlight=False, soft_wrap=True)
-            next_line += 10
-    for line in screen.lines():
-        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _wait(stage: Stage) -> None:

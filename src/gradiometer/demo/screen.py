@@ -70,7 +70,7 @@ class Screen:
     """The demo's picture, drawn anew whenever it is asked for."""
 
     def __init__(self, jobs: Sequence[Job], watch: Watch, addresses: str) -> None:
-        self._watch, self._addresses = watch, addresses
+        self._watch, self.addresses = watch, addresses
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
             TimeRemainingColumn(),
@@ -92,7 +92,7 @@ class Screen:
                 Text(f"variance of the batch gradient three ways, over the last {len(run.steps)} steps", style="dim"),
                 layer_table(run, most=9),
             ]
-        return Group(Text(self._addresses, style="dim"), Text(), self._progress, *tables)
+        return Group(Text(self.addresses, style="dim"), Text(), self._progress, *tables)
 
     def lines(self) -> list[str]:
         """One line a job, for a log."""
