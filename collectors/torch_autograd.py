@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Hook", "below", "guarded", "in_backward", "under_saved_tensor_hooks"]
+__all__ = ["Hook", "below", "guarded", "in_backward", "is_transformed", "under_saved_tensor_hooks"]
 
 
 def no_hook(*_args: Any, **_kwargs: Any) -> None:
@@ -37,6 +37,15 @@ def _get_no_hook() -> Callable[..., None]:
 def in_backward() -> bool:
     """True inside a backward pass, as when a checkpointed block is computed again."""
     return torch._C._current_graph_task_id() != -1
+
+
+def is_transformed() -> bool:
+    """True where what runs is no training step: compiled, traced by torch.jit, or under torch.func's transforms."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def guarded(device: torch.device) -> Any:

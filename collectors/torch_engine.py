@@ -19,7 +19,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from gradiometer.collectors.torch_autograd import Hook, below, guarded, in_backward, under_saved_tensor_hooks
+from gradiometer.collectors.torch_autograd import (
+    Hook,
+    below,
+    guarded,
+    in_backward,
+    is_transformed,
+    under_saved_tensor_hooks,
+)
 from gradiometer.collectors.torch_rules import Plan
 from gradiometer.stats_core.arrays import widened
 from gradiometer.stats_core.moments import Moments
@@ -174,7 +181,7 @@ class Engine:
             self.seconds += time.perf_counter() - started
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if is_transformed():
             return
         done = self._current
         if done is None or not done.measured or in_backward():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradiometer.collectors.cadence import Cadence
-from gradiometer.collectors.torch_autograd import Hook, in_backward
+from gradiometer.collectors.torch_autograd import Hook, in_backward, is_transformed
 from gradiometer.collectors.torch_batch import LogicalBatch
 from gradiometer.collectors.torch_check import FirstSight
 from gradiometer.collectors.torch_engine import Engine, LossReduction, Pass
@@ -136,7 +136,7 @@ class StepFollower:
 
     def _safely(self, hook: Callable[..., None]) -> Hook:
         def guarded_hook(*args: Any, **kwargs: Any) -> None:
-            if self._is_off or torch.compiler.is_compiling():
+            if self._is_off or is_transformed():
                 return
             try:
                 hook(*args, **kwargs)
