@@ -99,10 +99,10 @@ class TorchCollector(StepFollower):
         """
         if self._is_off:
             return
-        if loss_scale is not None:
+        taken = self._reporter.log({"loss": loss, "tokens": tokens, "loss_scale": loss_scale, **scalars})
+        if "loss_scale" in taken:
             self._batch.loss_scale = loss_scale
             self._reporter.run.loss.loss_scale_undone = True
-        self._reporter.log({"loss": loss, "tokens": tokens, "loss_scale": loss_scale, **scalars})
 
     def event(self, kind: str, text: str = "") -> None:
         """Note that something happened, e.g. ``event("learning-rate", "dropped to 1e-4")``."""

@@ -12,7 +12,10 @@ from torch import Tensor
 from gradiometer.collectors.endpoint import OFF, resolve
 from gradiometer.collectors.publisher import Publisher
 from gradiometer.collectors.torch_handover import HostRows, StepNumbers
+from gradiometer.protos.batch_pb2 import StepBatch
+from gradiometer.protos.checks import check_batch
 from gradiometer.protos.run_pb2 import Run
+from gradiometer.stats_core.errors import PeerFault
 
 __all__ = ["Reporter"]
 
@@ -40,6 +43,8 @@ class Reporter:
         self._rows: HostRows | None = None
         self._closed: StepNumbers | None = None
         self._logged: dict[str, Any] = {}
+        self._names: dict[str, bool] = {}  # of scalars: whether the wire takes them
+        self._said: set[str] = set()
         self._events: deque[tuple[str, str]] = deque(maxlen=_EVENTS)
 
     @property
@@ -78,10 +83,42 @@ class Reporter:
         else:
             self._publisher.event(kind, text)
 
-    def log(self, scalars: dict[str, Any]) -> None:
-        """Numbers of the step that is open, or else of the one that closed last."""
-        kept = {name: value for name, value in scalars.items() if _is_number(name, value)}
+    def log(self, scalars: dict[str, Any]) -> set[str]:
+        """Numbers of the step that is open, or else of the one that closed last.
+
+        What can't be published is said once and left out: a step is never broken.
+
+        Returns:
+            The names of those that were taken.
+        """
+        kept = {}
+        for name, value in scalars.items():
+            if value is not None and self._is_good_name(name):
+                number = _number(value)
+                if number is not None:
+                    kept[name] = number
+                else:
+                    self._say_once(
+                        "collector.log needs numbers of float64's range or tensors of one element, "
+                        f"got {name}=<{type(value).__name__}>; it is left out"
+                    )
         (self._logged if self._closed is None else self._closed.scalars).update(kept)
+        return set(kept)
+
+    def _is_good_name(self, name: str) -> bool:
+        if name not in self._names:
+            try:
+                check_batch(StepBatch(steps=[0], unix_nanos=[0], num_layers=1, scalars={name: bytes(8)}), 1)
+                self._names[name] = True
+            except (PeerFault, ValueError) as fault:
+                self._names[name] = False
+                self._say_once(str(fault).replace("Publish needs", "collector.log needs", 1))
+        return self._names[name]
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            _log.warning("%s. This is said once.", text)
 
     def close_step(self, numbers: StepNumbers) -> None:
         """A measured step is over; it is handed over when the next one begins."""
@@ -112,14 +149,13 @@ class Reporter:
             self._publisher.close()
 
 
-def _is_number(name: str, value: Any) -> bool:
-    """True for a number or a tensor of one element; anything else is said and left out: a step is never broken."""
+def _number(value: Any) -> Tensor | float | None:
+    """A tensor of one element as it is, anything else as Python's float; None for what is no number."""
     if isinstance(value, Tensor):
-        if value.numel() == 1 and not value.is_complex():
-            return True
-    elif value is None:
-        return False
-    elif isinstance(value, int | float) or hasattr(value, "__float__"):
-        return True
-    _log.warning("collector.log takes numbers and one-element tensors; %s of type %s is left out", name, type(value))
-    return False
+        return value if value.numel() == 1 and not value.is_complex() and not value.is_meta else None
+    if not isinstance(value, int | float) and not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value)
+    except Exception:  # noqa: BLE001 - it is the user's own type, and nothing may reach the step
+        return None

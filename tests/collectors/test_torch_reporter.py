@@ -7,6 +7,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,7 +106,29 @@ def test_what_is_logged_belongs_to_the_open_step_or_else_to_the_one_that_closed_
     assert recorder.scalars[2]["tokens"] == 20
     assert recorder.scalars[2]["loss"] > 0
     assert not {"text", "many"} & set(recorder.scalars[2])
-    assert "text of type" in caplog.text
+    assert sum("got text=<str>" in record.message for record in caplog.records) == 1
+
+
+def test_a_number_that_can_not_be_published_is_dropped_alone_and_said_once(
+    recorder: Recorder,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = MLP.make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gm.attach(model, optimizer) as collector:
+        for step in range(3):
+            x, y = MLP.draw(4, seed=step)
+            squared(model(x), y).mean().backward()
+            collector.log(loss_scale="none", **{"val loss": 1.0, "fine": 2.0})
+            collector.log(loss=10**400, sizes=np.ones(2))
+            assert collector.moments["0.weight"].count == 4 * (step + 1)
+            if step == 2:
+                optimizer.step()
+        assert not collector._is_off
+    assert {"loss", "sizes", "loss_scale", "val loss"}.isdisjoint(recorder.scalars[0])
+    assert recorder.scalars[0]["fine"] == 2
+    for part in ("got loss=<int>", "got sizes=<ndarray>", "got loss_scale=<str>", "got scalar='val loss'; rename it"):
+        assert sum(part in record.message for record in caplog.records) == 1
 
 
 def test_where_nothing_is_published_no_numbers_are_formed(monkeypatch: pytest.MonkeyPatch) -> None:
