@@ -168,7 +168,7 @@ def attach(
     collector = TorchCollector(model, optimizer, plan, settings, measurer, reporter)
     if is_disabled(os.environ):
         _log.info("GRADIOMETER_DISABLE is set: nothing is measured or published")
-        collector.detach()
+        collector.disable("GRADIOMETER_DISABLE is set")
         return collector
     collector.install()
     return collector
@@ -246,6 +246,8 @@ def _describe(
     Raises:
         ValueError: if its name can't be one.
     """
+    if run is not None and not isinstance(run, str):
+        raise TypeError(f"attach needs run as a name or None, got run={run!r}; pass a string")
     if run == "":
         raise ValueError("attach needs run as a name or None, got run=''; leave it out for a name of the script's")
     covered = [parameter for parameter in plan.names if parameter not in plan.refused]

@@ -130,6 +130,11 @@ class TorchCollector(StepFollower):
         self._measurer.load_state_dict(state)
         self._step = int(state["step"])
 
+    def disable(self, reason: str) -> None:
+        """Detach, and say in `coverage` that nothing was measured and why."""
+        self._measure_nothing(reason)
+        self.detach()
+
     def detach(self) -> None:
         """Take every hook off, hand over what is left, and close the publisher. At any time, and twice too."""
         self._unhook()

@@ -78,13 +78,26 @@ def plan_model(model: nn.Module) -> Plan:
     inside_attention = {
         child for module in model.modules() if isinstance(module, nn.MultiheadAttention) for child in module.modules()
     }
+    sequence_first = {
+        child
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+        and not module.self_attn.batch_first
+        for child in module.modules()
+    }
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter in plan.names and module not in plan.owners.setdefault(parameter, []):
                 plan.owners[parameter].append(module)
     for parameter, modules in plan.owners.items():
         for module in modules:
-            reason = _ATTENTION if module in inside_attention else _refusal(module, samplers)
+            reason = (
+                _ATTENTION
+                if module in inside_attention
+                else _SEQUENCE_FIRST
+                if module in sequence_first
+                else _refusal(module, samplers)
+            )
             if reason:
                 plan.refused[parameter] = reason
     for parameter, modules in plan.owners.items():
@@ -97,6 +110,12 @@ def plan_model(model: nn.Module) -> Plan:
 _ATTENTION = (
     "MultiheadAttention uses its projections by function, which no sampler sees; "
     "use opacus.layers.DPMultiheadAttention or Linear layers of your own"
+)
+
+
+_SEQUENCE_FIRST = (
+    "its Transformer layer is sequence-first (batch_first=False): its leading axis is not the batch; "
+    "build the layer with batch_first=True"
 )
 
 

@@ -149,9 +149,16 @@ class StepFollower:
         if self._is_off:
             return
         trace = error if isinstance(error, Exception) else None
+        # What an exception says may hold values of the user's: it stays in the log of this process.
+        reason = error if isinstance(error, str) else type(error).__name__
         _log.warning("the collector turned itself off, training goes on: %s", error, exc_info=trace)
-        self._reporter.event("collector-off", str(error))
+        self._reporter.event("collector-off", reason)
+        self._measure_nothing(f"the collector turned itself off: {reason}")
         self._unhook()
+
+    def _measure_nothing(self, reason: str) -> None:
+        """From now on the coverage is nothing, and says why."""
+        self._missing = dict.fromkeys(self._plan.names, reason)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:

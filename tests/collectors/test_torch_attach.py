@@ -252,3 +252,15 @@ def test_the_run_is_registered_with_its_layers_and_with_what_was_undone(recorder
     assert run.loss.accumulation == 2
     assert [uncovered.parameter for uncovered in run.coverage.uncovered] == ["positions.weight"]
     assert recorder.closed == 1
+
+
+def test_a_disabled_collector_covers_nothing_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIOMETER_DISABLE", "1")
+    coverage = gm.attach(torch.nn.Linear(3, 2), endpoint="off").coverage
+    assert (coverage.num_params, coverage.num_params_measured) == (8, 0)
+    assert {item.reason for item in coverage.uncovered} == {"GRADIOMETER_DISABLE is set"}
+
+
+def test_a_run_that_is_no_name_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"attach needs run as a name or None, got run=5; pass a string"):
+        gm.attach(torch.nn.Linear(3, 2), endpoint="off", run=5)  # type: ignore[arg-type]

@@ -110,3 +110,14 @@ def test_one_index_a_row_is_a_batch_of_indices() -> None:
 def test_modules_that_normalise_over_the_batch_are_told_from_those_that_do_not() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.GroupNorm(1, 3), nn.SyncBatchNorm(3).eval(), nn.InstanceNorm1d(3))
     assert [(name, couples(module)) for name, module in batch_norms(model)] == [("0", True), ("2", False)]
+
+
+def test_modules_of_a_sequence_first_transformer_are_refused_by_name() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=False)
+    plan = plan_model(nn.ModuleDict({"block": layer, "head": nn.Linear(8, 2)}))
+    refused = {plan.names[parameter]: reason for parameter, reason in plan.refused.items()}
+    assert "batch_first=True" in refused["block.linear1.weight"]
+    assert "batch_first=True" in refused["block.norm2.bias"]
+    assert not any(name.startswith("head") for name in refused)
+    first = plan_model(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    assert "linear1.weight" not in {first.names[parameter] for parameter in first.refused}

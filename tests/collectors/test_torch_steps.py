@@ -144,7 +144,9 @@ def test_an_error_of_ours_turns_the_collector_off_is_said_once_and_does_not_reac
     assert collector.moments == {}
     said = [record for record in caplog.records if "turned itself off" in record.message]
     assert len(said) == 1
-    assert ("collector-off", "a bug of ours") in recorder.events
+    assert ("collector-off", "RuntimeError") in recorder.events  # what it says may hold values: it stays in the log
+    assert collector.coverage.num_params_measured == 0
+    assert "turned itself off: RuntimeError" in collector.coverage.uncovered[0].reason
     assert not model._forward_hooks
     collector.detach()
 
