@@ -155,10 +155,10 @@ def _through_time(
             f"summarize needs temporal made from the same parameters, got temporal of {sorted(previous)[:4]} for "
             f"moments of {sorted(measured)[:4]}; call init_temporal with what value_and_grad differentiates by"
         )
-    for name, one in measured.items():
+    now = {name: Previous(one.mean, sums[name]["batch_variance"]) for name, one in measured.items()}
+    for name, one in now.items():
         sums[name] |= step_sums(previous[name], one)
-    before = [Previous(one.mean, sums[name]["batch_variance"]) for name, one in measured.items()]
-    after = temporal._replace(previous=_like(temporal.previous, Previous, before))
+    after = temporal._replace(previous=_like(temporal.previous, Previous, [*now.values()]))
     if optimizers := optimizer_moments(opt_state):
         _show_optimizers(measured, sums, optimizers, grads)
     elif temporal.moments is not None:

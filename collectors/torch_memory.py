@@ -37,16 +37,16 @@ class OwnMemory:
         """Take one measured step; the sums that it gives, keyed by catalogue name."""
         name = self._names[parameter]
         sums: dict[str, Array] = {}
-        previous = self._previous.get(name)
-        if previous is not None:
-            sums.update(step_sums(previous, moments))
-        self._previous[name] = Previous(moments.mean, batch_variance)
+        now = Previous(moments.mean, batch_variance)
+        if (before := self._previous.get(name)) is not None:
+            sums.update(step_sums(before, now))
+        self._previous[name] = now
         if self._keeps_maxva:
-            before = self._temporal.get(name) or TemporalMoments.zeros_like(moments.mean)
-            found, after = maxva_sums(before, moments.mean)
+            state = self._temporal.get(name) or TemporalMoments.zeros_like(moments.mean)
+            found, after = maxva_sums(state, moments.mean)
             # What is not a number is shown once; it must not stay in the memory for good.
             finite = torch.isfinite(moments.mean)
-            pairs = zip(after, before, strict=True)
+            pairs = zip(after, state, strict=True)
             self._temporal[name] = TemporalMoments(*(torch.where(finite, new, old) for new, old in pairs))
             sums.update(found)
         return sums

@@ -30,7 +30,7 @@ class Summary(NamedTuple):
 
 
 class Previous(NamedTuple):
-    """What the step-to-step variance needs of the measured step before, for one parameter.
+    """What the step-to-step variance needs of a measured step, for one parameter; kept until the next one.
 
     Attributes:
         mean: the batch gradient, shape ``(*param,)``.
@@ -46,7 +46,7 @@ def parameter_sums(moments: Moments) -> dict[str, Array]:
     return dict(noise_sums(moments)._asdict())
 
 
-def step_sums(previous: Previous, moments: Moments) -> dict[str, Array]:
+def step_sums(before: Previous, now: Previous) -> dict[str, Array]:
     r"""The step-to-step variance of one parameter (von Neumann's successive differences).
 
     .. math:: D = \tfrac12 \|\bar g_t - \bar g_{t-1}\|^2, \qquad \tilde P = \tfrac12 (P_t + P_{t-1})
@@ -59,15 +59,14 @@ def step_sums(previous: Previous, moments: Moments) -> dict[str, Array]:
 
     Example:
         >>> import numpy as np
-        >>> before, now = (Moments.from_per_example(np.array([[a], [b]])) for a, b in ((1.0, 3.0), (2.0, 6.0)))
-        >>> previous = Previous(before.mean, noise_sums(before).batch_variance)
-        >>> {name: float(value) for name, value in step_sums(previous, now).items()}
+        >>> before, now = Previous(np.array([2.0]), np.array(1.0)), Previous(np.array([4.0]), np.array(4.0))
+        >>> {name: float(value) for name, value in step_sums(before, now).items()}
         {'step_variance': 2.0, 'step_variance_expected': 2.5}
     """
-    xp = namespace(moments.mean)
-    expected = 0.5 * (noise_sums(moments).batch_variance + previous.batch_variance)
-    difference = 0.5 * square_sum(moments.mean - previous.mean)
-    difference = xp.where(xp.isnan(previous.batch_variance), xp.nan, difference)
+    xp = namespace(now.mean)
+    expected = 0.5 * (now.batch_variance + before.batch_variance)
+    difference = 0.5 * square_sum(now.mean - before.mean)
+    difference = xp.where(xp.isnan(before.batch_variance), xp.nan, difference)
     return {"step_variance": difference, "step_variance_expected": expected}
 
 

@@ -40,8 +40,7 @@ def test_a_column_that_no_parameter_has_is_nan_and_never_zero() -> None:
 
 
 def test_the_step_to_step_variance_is_absent_on_the_first_step() -> None:
-    moments = Moments.from_per_example(np.ones((3, 2)))
-    sums = step_sums(Previous(np.zeros(2), np.float64("nan")), moments)
+    sums = step_sums(Previous(np.zeros(2), np.float64("nan")), Previous(np.ones(2), np.float64(0.0)))
     assert np.isnan([float(v) for v in sums.values()]).all()
 
 
@@ -51,10 +50,11 @@ def test_independent_steps_have_a_variance_ratio_of_one() -> None:
     previous, top, bottom = None, 0.0, 0.0
     for _ in range(401):
         moments = Moments.from_per_example(rng.standard_normal((16, 50)) + 3)
+        now = Previous(moments.mean, noise_sums(moments).batch_variance)
         if previous is not None:
-            sums = step_sums(previous, moments)
+            sums = step_sums(previous, now)
             top, bottom = top + float(sums["step_variance"]), bottom + float(sums["step_variance_expected"])
-        previous = Previous(moments.mean, noise_sums(moments).batch_variance)
+        previous = now
     assert abs(top / bottom - 1) < 0.035
 
 
