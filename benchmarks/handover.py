@@ -18,7 +18,7 @@ import numpy as np
 
 from gradiometer.collectors.publisher import Publisher
 from gradiometer.protos.run_pb2 import Layer
-from gradiometer.stats_core import Summary, catalog
+from gradiometer.stats_core import Summary, selection
 
 MEMORY_SERVER = """
 import sys, threading
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--server", choices=("memory", "real"), default="memory")
     arguments = parser.parse_args()
     layers = [Layer(name=f"layer.{at}", num_params=10) for at in range(arguments.layers)]
-    names = catalog.columns("default")
+    names = selection.columns("default")
     rows = np.random.default_rng(0).standard_normal((len(names), len(layers))).astype(np.float32)
     targets = [memoryview(bytearray(rows.nbytes)) for _ in range(2)]
     summary = Summary(32, dict(zip(names, rows, strict=True)))

@@ -13,7 +13,7 @@ from gradiometer.protos.columns import pack_batch
 from gradiometer.protos.run_pb2 import Coverage, Layer, Run
 from gradiometer.server.exporter import ExportSettings, register_exporter
 from gradiometer.server.live import Live
-from gradiometer.stats_core import catalog
+from gradiometer.stats_core import selection
 
 RUNS, LAYERS, SCRAPES = 10, 1000, 7
 
@@ -28,7 +28,7 @@ def main() -> None:
 
     def feed(step: int) -> None:
         for run in range(RUNS):
-            columns = {name: rng.random((1, LAYERS)) for name in catalog.columns("default")}
+            columns = {name: rng.random((1, LAYERS)) for name in selection.columns("default")}
             batch = pack_batch([step], [step * 10**9], LAYERS, columns, {"loss": np.array([1.0])})
             live.append(f"run-{run}", batch)
 

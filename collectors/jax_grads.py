@@ -22,7 +22,7 @@ from gradiometer.collectors.jax_axis import AxisName
 from gradiometer.collectors.jax_call import REDUCTIONS, Call, Options
 from gradiometer.collectors.jax_layers import leaf_name
 from gradiometer.protos.run_pb2 import Coverage
-from gradiometer.stats_core import catalog
+from gradiometer.stats_core import selection
 from gradiometer.stats_core.errors import UnsupportedModel
 
 __all__ = ["ValueAndGrad", "value_and_grad"]
@@ -45,7 +45,7 @@ def value_and_grad(
     microbatch_size: int | None = None,
     axis_name: AxisName | None = None,
     unit: Literal["example"] = "example",
-    statistics: catalog.Tier = "default",
+    statistics: selection.Statistics = "default",
     engine: Literal["auto", "vmap", "microbatch"] = "auto",
 ) -> "ValueAndGrad":
     r"""`jax.value_and_grad`, with the Moments of the per-example gradients as one more result.

@@ -13,7 +13,7 @@ from jax import lax
 from gradiometer.collectors.jax_axis import AxisName, gathered
 from gradiometer.collectors.jax_layers import layers_of, leaf_name, measurable
 from gradiometer.collectors.optax_state import OptimizerMoments, optimizer_moments
-from gradiometer.stats_core import Moments, Summary, TemporalMoments, catalog, maxva
+from gradiometer.stats_core import Moments, Summary, TemporalMoments, maxva, selection
 from gradiometer.stats_core.arrays import widened
 from gradiometer.stats_core.summary import Previous, layer_columns, maxva_sums, parameter_sums, step_sums
 
@@ -68,7 +68,7 @@ def summarize(
     *,
     opt_state: Any = None,
     grads: Any = None,
-    statistics: catalog.Tier = "default",
+    statistics: selection.Statistics = "default",
     axis_name: AxisName | None = None,
 ) -> tuple[Summary, Temporal | None]:
     """A step's numbers for each layer, and the temporal state after it.
@@ -81,7 +81,7 @@ def summarize(
             own moments and rule are shown; else the ones in ``temporal``, under MaxVA's default rule.
         grads: the gradient as that optimizer will see it, where it is not ``moments``' mean: after clipping,
             or under ``loss_reduction="sum"``. Publish `gradient_scale` beside the summary then.
-        statistics: tier, as `catalog.columns`.
+        statistics: tier, as `selection.columns`.
         axis_name: inside ``shard_map`` or ``pmap``, as given to ``value_and_grad``.
 
     Returns:
@@ -98,7 +98,7 @@ def summarize(
         >>> [round(float(summary.columns[name][0]), 4) for name in ("variance_trace", "batch_variance")]
         [4.0, 1.3333]
     """
-    names = catalog.columns(statistics)
+    names = selection.columns(statistics)
     parameters = _named(moments, Moments)
     layers = layers_of(moments)
     count = next(iter(parameters.values())).count

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from gradiometer.collectors.registration import complete, registration
 from gradiometer.collectors.sender import Sender
 from gradiometer.collectors.slots import Slots
 from gradiometer.protos.run_pb2 import Coverage, Run
-from gradiometer.stats_core import Summary, catalog
+from gradiometer.stats_core import Summary, selection
 from gradiometer.stats_core.arrays import Array
 
 __all__ = ["Publisher"]
@@ -92,7 +92,7 @@ class Publisher:
 
     def _begin(self, run: Run, endpoint: str | None) -> None:
         address = resolve(endpoint, os.environ)
-        names = catalog.columns(cast("catalog.Tier", run.tier))
+        names = selection.columns(run.tier)
         step_bytes = len(names) * len(run.layers) * 4
         if step_bytes > _STEP_BYTES:
             raise ValueError(
@@ -183,7 +183,7 @@ class Publisher:
 
         Args:
             step: number of the optimizer's step.
-            rows: shape ``(columns, layers)``, float32, C-contiguous, in the order of ``catalog.columns(tier)``;
+            rows: shape ``(columns, layers)``, float32, C-contiguous, in the order of ``selection.columns(tier)``;
                 copied, so that the caller may use the memory again.
             scalars: numbers of the step, by name; copied.
             unix_nanos: when it was measured. Unit: nanoseconds since 1970, UTC.

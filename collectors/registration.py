@@ -7,13 +7,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from gradiometer.protos import run_pb2
 from gradiometer.protos.checks import check_run
 from gradiometer.protos.run_pb2 import Coverage, Layer, Run, World
-from gradiometer.stats_core import catalog
 from gradiometer.stats_core.errors import PeerFault
+from gradiometer.stats_core.selection import spelled
 
 __all__ = ["complete", "default_run_id", "registration"]
 
@@ -26,7 +26,6 @@ _REDUCTIONS = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "loss_reduction": tuple(_REDUCTIONS),
     "unit": ("example", "token"),
-    "statistics": get_args(catalog.Tier),
     "temporal": ("collector", "optimizer", ""),
 }
 _FREE = ("engine", "optimizer")
@@ -59,7 +58,8 @@ def registration(run: str | None, params: Any, coverage: Coverage | None, config
         ValueError: if a fact of the catalogue's or the wire's has a value that it can't have.
     """
     layers = _layers(params)
-    facts = {name: str(value) for name, value in (config or {}).items()}
+    facts = {name: str(value) for name, value in (config or {}).items() if name != "statistics"}
+    tier = spelled((config or {}).get("statistics", "default"))  # type: ignore[arg-type]
     for name, choices in _CHOICES.items():
         if name in facts and facts[name] not in choices:
             raise ValueError(
@@ -72,7 +72,7 @@ def registration(run: str | None, params: Any, coverage: Coverage | None, config
         loss=run_pb2.LossNormalization(reduction=_REDUCTIONS[facts.pop("loss_reduction", "mean")]),
         world=World(size=1, framework=framework, framework_version=version, device=device),
         unit=facts.pop("unit", "example"),
-        tier=facts.pop("statistics", "default"),
+        tier=tier,
         temporal=facts.pop("temporal", "collector"),
         engine=facts.pop("engine", "vmap" if framework == "jax" else ""),
         optimizer=facts.pop("optimizer", ""),

@@ -21,7 +21,7 @@ from gradiometer.collectors.torch_state import OptimizerState, is_maxva
 from gradiometer.collectors.torch_steps import Settings, attached
 from gradiometer.protos import run_pb2
 from gradiometer.protos.run_pb2 import LossNormalization, Run, World
-from gradiometer.stats_core import catalog
+from gradiometer.stats_core import selection
 from gradiometer.stats_core.errors import UnsupportedModel
 from gradiometer.stats_core.source import TakesMoments
 
@@ -59,7 +59,7 @@ def attach(
     unit: Literal["example", "token"] = "example",
     loss_reduction: LossReduction = "mean",
     batch_dim: int = 0,
-    statistics: catalog.Tier = "default",
+    statistics: selection.Statistics = "default",
     temporal: Literal["auto"] | None = "auto",
     engine: Literal["auto", "fast", "opacus", "functional"] = "auto",
     mirror: str | None = None,
@@ -236,7 +236,7 @@ def _describe(
     optimizer: torch.optim.Optimizer | None,
     plan: Plan,
     run: str | None,
-    statistics: catalog.Tier,
+    statistics: selection.Statistics,
     loss_reduction: LossReduction,
     *,
     temporal: str,

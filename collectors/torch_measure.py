@@ -15,7 +15,7 @@ from gradiometer.collectors.torch_memory import OwnMemory
 from gradiometer.collectors.torch_reporter import Reporter
 from gradiometer.collectors.torch_rules import Plan
 from gradiometer.collectors.torch_state import OptimizerState
-from gradiometer.stats_core import catalog, maxva
+from gradiometer.stats_core import maxva, selection
 from gradiometer.stats_core.arrays import Array, square_sum, widened
 from gradiometer.stats_core.moments import Moments
 from gradiometer.stats_core.summary import parameter_sums
@@ -43,7 +43,7 @@ class StepMeasurer:
         plan: Plan,
         reporter: Reporter,
         *,
-        tier: catalog.Tier,
+        tier: selection.Statistics,
         own: OwnMemory | None,
         optimizer_state: OptimizerState | None,
     ) -> None:
@@ -51,7 +51,7 @@ class StepMeasurer:
         self._optimizer = optimizer
         self._plan = plan
         self._reporter = reporter
-        self._names = catalog.columns(tier)
+        self._names = selection.columns(tier)
         self._own = own
         self._optimizer_state = optimizer_state
         self._layers: list[LayerParameters] = []

@@ -26,8 +26,7 @@ SHOWN = (
 
 
 def _columns_behind(name: str) -> set[str]:
-    row = catalog.statistic(name)
-    return set(row.needs) if row.kind == "ratio" else {name}
+    return set(catalog.statistic(name).columns)
 
 
 COLUMNS = tuple(sorted({"count", *COMPARED}.union(*map(_columns_behind, SHOWN))))

@@ -189,19 +189,18 @@ class RunView:
         return found
 
     def _over_layers(self, name: str, *, compared: bool) -> float:
-        if catalog.statistic(name).kind == "ratio":
+        if not catalog.statistic(name).travels:
             scale = self._gradient_scale(name, compared=compared)
             return across_layers(name, self._needed(name), self.sizes, scale)
         # Anything else is first a mean over steps, which is at hand: as a window of one step.
         return across_layers(name, {name: self._over_window(name, compared=compared)[None, :]}, self.sizes)
 
     def _needed(self, name: str) -> dict[str, np.ndarray]:
-        row = catalog.statistic(name)
-        return {need: self._column(need) for need in (row.needs if row.kind == "ratio" else (name,))}
+        return {need: self._column(need) for need in catalog.statistic(name).columns}
 
     def _gradient_scale(self, name: str, *, compared: bool) -> np.ndarray | None:
         """What brings measured sums into the optimizer's units; None where they are shown as measured."""
-        wanted = compared or catalog.statistic(name).kind == "ratio"
+        wanted = compared or not catalog.statistic(name).travels
         if not wanted or not self.window or self.run.temporal != "optimizer":
             return None
         return np.array([step.scalars.get("gradient_scale", np.nan) for step in self.window])

@@ -116,7 +116,7 @@ def layer_columns(
 
     Args:
         parameters: Moments, sums keyed by catalogue name, and number of elements of each parameter.
-        names: the columns wanted, as `catalog.columns`.
+        names: the columns wanted, as `selection.columns`.
 
     Returns:
         Catalogue name → scalar, one for each of ``names``. What no parameter has is NaN.

@@ -7,7 +7,7 @@ import pytest
 
 from gradiometer.collectors import torch_reporter
 from gradiometer.protos.run_pb2 import Run
-from gradiometer.stats_core import catalog
+from gradiometer.stats_core import selection
 
 
 class Recorder:
@@ -29,7 +29,7 @@ class Recorder:
 
     def record_rows(self, step: int, rows: np.ndarray, scalars: Mapping[str, float], unix_nanos: int) -> None:
         assert self.run is not None
-        names = catalog.columns(self.run.tier)
+        names = selection.columns(self.run.tier)
         assert rows.dtype == np.float32
         assert rows.flags.c_contiguous
         assert rows.shape == (len(names), len(self.run.layers))

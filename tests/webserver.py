@@ -22,7 +22,7 @@ from gradiometer.protos.run_pb2 import LOSS_REDUCTION_MEAN, Coverage, Layer, Los
 from gradiometer.server.exporter import ExportSettings, register_exporter
 from gradiometer.server.live import Live
 from gradiometer.server.web import create_web
-from gradiometer.stats_core import catalog
+from gradiometer.stats_core import selection
 
 SECOND = 1_000_000_000
 
@@ -85,7 +85,7 @@ def make_batch(
         "grad_sq_norm": near(0.2),
         "variance_trace": near(1.6),
     }
-    columns = {name: values.get(name, near(0.5)) for name in catalog.columns("default")}
+    columns = {name: values.get(name, near(0.5)) for name in selection.columns("default")}
     times = [step * SECOND // 10 for step in steps] if nanos is None else nanos
     given = {"loss": 2.5, "examples": 16.0, **scalars}
     return pack_batch(

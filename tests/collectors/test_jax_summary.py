@@ -10,7 +10,7 @@ import pytest
 import gradiometer as gm
 from gradiometer.collectors.jax_summary import gradient_scale
 from gradiometer.optimizers.optax_api import madam
-from gradiometer.stats_core import Moments, catalog
+from gradiometer.stats_core import Moments, selection
 from tests.jax_models import MODELS, cast
 from tests.reference import loop_layer, loop_moments, maxva_naive
 
@@ -60,7 +60,7 @@ def test_light_columns_are_those_of_the_float64_loop(weights: Any) -> None:
         moments_of(grads, given), None, statistics="light"
     )
     assert temporal is None
-    assert set(summary.columns) == set(catalog.columns("light"))
+    assert set(summary.columns) == set(selection.columns("light"))
     for index, layer in enumerate(LAYERS):
         parts = [list(leaf) for leaf in layer_leaves(grads, layer)]
         for name, want in loop_layer(parts, weights).items():
@@ -75,7 +75,7 @@ def test_columns_through_time_are_those_of_the_float64_loop() -> None:
     steps = [per_example(seed) for seed in range(4)]
     for index, grads in enumerate(steps):
         summary, temporal = step(moments_of(grads), temporal)
-        assert set(summary.columns) == set(catalog.columns("default"))
+        assert set(summary.columns) == set(selection.columns("default"))
         for place, layer in enumerate(LAYERS):
             history = [[leaf.mean(0) for leaf in layer_leaves(tree, layer)] for tree in steps[: index + 1]]
             naive = [maxva_naive([means[k] for means in history]) for k in range(len(history[0]))]

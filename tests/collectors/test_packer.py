@@ -11,7 +11,7 @@ from gradiometer.collectors.packer import MAX_BATCH_BYTES, Packer
 from gradiometer.collectors.slots import Slots
 from gradiometer.protos.batch_pb2 import StepBatch
 from gradiometer.protos.columns import column_arrays, scalar_arrays
-from gradiometer.stats_core import catalog
+from gradiometer.stats_core import selection
 
 NAMES = ("mean_sq_norm", "variance_trace")
 LAYERS = 3
@@ -153,7 +153,7 @@ def test_steps_that_go_back_begin_a_batch_of_their_own() -> None:
 
 
 def test_a_batch_stays_below_what_servers_take() -> None:
-    bench = Bench(catalog.columns("default"), 10_000)
+    bench = Bench(selection.columns("default"), 10_000)
     for step in range(9):
         bench.put_rows(step)
     batches = bench.packed()
@@ -163,7 +163,7 @@ def test_a_batch_stays_below_what_servers_take() -> None:
 
 
 def test_a_step_larger_than_that_travels_alone() -> None:
-    bench = Bench(catalog.columns("default"), 80_000)
+    bench = Bench(selection.columns("default"), 80_000)
     bench.put_rows(0)
     bench.put_rows(1)
     assert [list(batch.steps) for batch in bench.packed()] == [[0], [1]]

@@ -17,10 +17,10 @@ from gradiometer.collectors.publisher import Publisher
 from gradiometer.protos import run_pb2
 from gradiometer.protos.columns import column_arrays, scalar_arrays
 from gradiometer.protos.run_pb2 import Run
-from gradiometer.stats_core import Summary, catalog
+from gradiometer.stats_core import Summary, selection
 from tests.fake_ingest import IngestServer, eventually, layers, spools
 
-NAMES = catalog.columns("default")
+NAMES = selection.columns("default")
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_measurements_are_seen_while_the_job_runs(server: IngestServer) -> None:
 
 
 def test_a_message_at_hand_is_published_with_the_columns_of_its_tier(server: IngestServer) -> None:
-    light = catalog.columns("light")
+    light = selection.columns("light")
     with Publisher.open(message(), server.endpoint) as publisher:
         publisher.record_rows(3, np.ones((len(light), 2), np.float32), {}, 0)
     assert publisher.run_id == "opened"
@@ -392,7 +392,7 @@ from gradiometer.protos.run_pb2 import Layer
 from gradiometer.stats_core import catalog
 how, endpoint = sys.argv[1:]
 publisher = Publisher("job", endpoint, params=[Layer(name="w", num_params=1)])
-rows = np.ones((len(catalog.columns()), 1), np.float32)
+rows = np.ones((len(selection.columns()), 1), np.float32)
 for step in range(20):
     publisher.record_rows(step, rows, {}, 0)
 if how == "forks":

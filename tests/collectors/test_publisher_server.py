@@ -13,10 +13,10 @@ import pytest
 from gradiometer.collectors.publisher import Publisher
 from gradiometer.protos import query_pb2, query_pb2_grpc
 from gradiometer.protos.columns import column_arrays, scalar_arrays
-from gradiometer.stats_core import catalog
+from gradiometer.stats_core import selection
 from tests.fake_ingest import eventually, layers, spools
 
-NAMES = catalog.columns("default")
+NAMES = selection.columns("default")
 
 
 class RealServer:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradiometer as gm
 from gradiometer.collectors import torch_handover
 from gradiometer.optimizers.torch_api import MAdam
-from gradiometer.stats_core import catalog, maxva
+from gradiometer.stats_core import catalog, maxva, selection
 from gradiometer.stats_core.maxva import TemporalMoments
 from tests.reference import loop_layer, loop_moments
 from tests.torch_models import case, cross_entropy, example_grads, squared, train
@@ -35,7 +35,7 @@ def test_light_columns_equal_the_loop_summed_over_the_parameters_of_each_layer(
         chosen.losses(model(x), y).mean().backward()
         optimizer.step()
     columns = recorder.steps[0]
-    assert tuple(columns) == catalog.columns("light")
+    assert tuple(columns) == selection.columns("light")
     for number, layer in enumerate(recorder.run.layers):
         if not all(chosen.covers(parameter) for parameter in layer.parameters):
             assert all(math.isnan(column[number]) for column in columns.values())

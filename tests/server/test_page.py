@@ -6,7 +6,7 @@ from gradiometer.protos.columns import column_arrays, pack_batch
 from gradiometer.server.history import RunHistory
 from gradiometer.server.page import COLUMNS, SHOWN, catalogue, chart, facts, numbers, rounded
 from gradiometer.server.view import COMPARED
-from gradiometer.stats_core import catalog
+from gradiometer.stats_core import catalog, selection
 from tests.webserver import make_batch, make_run
 
 
@@ -27,7 +27,7 @@ def test_numbers_keep_five_digits():
 
 def test_whatever_arrives_the_answer_is_json():
     wild = [[np.nan, np.inf, -np.inf]]
-    columns = {name: np.array(wild) for name in catalog.columns("default")}
+    columns = {name: np.array(wild) for name in selection.columns("default")}
     batch = pack_batch([0], [0], 3, columns, {"loss": np.array([np.nan]), "mine": np.array([np.inf])})
     view = view_with(batch)
     text = json.dumps({**facts(view.run), **numbers(view), "points": chart(view.points)}, allow_nan=False)

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from gradiometer.stats_core import catalog
+from gradiometer.stats_core import catalog, selection
 from gradiometer.stats_core.moments import Moments
 
 
@@ -28,7 +28,7 @@ def test_every_row_needs_what_exists() -> None:
 
 def test_a_ratio_needs_no_dearer_tier_than_its_own() -> None:
     for row in catalog.RATIOS:
-        assert set(row.needs) <= set(catalog.columns(row.tier))
+        assert set(row.needs) <= set(selection.columns(row.tier))
 
 
 def test_metric_names_keep_prometheus_rules() -> None:
@@ -40,12 +40,12 @@ def test_metric_names_keep_prometheus_rules() -> None:
 
 
 def test_tiers_grow() -> None:
-    assert catalog.columns("default")[: len(catalog.columns("light"))] == catalog.columns("light")
-    assert set(catalog.columns("default")) <= set(catalog.columns("full"))
+    assert selection.columns("default")[: len(selection.columns("light"))] == selection.columns("light")
+    assert set(selection.columns("default")) <= set(selection.columns("full"))
 
 
 def test_an_unknown_name_or_tier_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(ValueError, match=r"'light', 'default', 'full'.*got tier='all'"):
-        catalog.columns("all")  # type: ignore[arg-type]
+        selection.columns("all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"see docs/glossary\.md"):
         catalog.statistic("loss")

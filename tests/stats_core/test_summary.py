@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradiometer.stats_core import catalog, maxva
+from gradiometer.stats_core import catalog, maxva, selection
 from gradiometer.stats_core.maxva import TemporalMoments
 from gradiometer.stats_core.moments import Moments
 from gradiometer.stats_core.noise import noise_sums
@@ -16,9 +16,9 @@ def test_a_layers_columns_agree_with_the_float64_loop() -> None:
     kernel, bias = rng.standard_normal((6, 3, 4)) + 1, rng.standard_normal((6, 4))
     moments = [Moments.from_per_example(g) for g in (kernel, bias)]
     parts = [(m, parameter_sums(m), m.mean.size) for m in moments]
-    got = layer_columns(parts, catalog.columns("light"))
+    got = layer_columns(parts, selection.columns("light"))
     want = loop_layer([list(kernel), list(bias)])
-    assert set(got) == set(catalog.columns("light"))
+    assert set(got) == set(selection.columns("light"))
     for name, value in want.items():
         assert float(got[name]) == pytest.approx(value, rel=1e-10), name
     assert float(got["nonfinite_examples"]) == 0
@@ -34,7 +34,7 @@ def test_examples_with_a_nan_anywhere_in_the_layer_are_counted_once() -> None:
 
 def test_a_column_that_no_parameter_has_is_nan_and_never_zero() -> None:
     moments = Moments.from_per_example(np.ones((3, 2)))
-    got = layer_columns([(moments, parameter_sums(moments), 2)], catalog.columns("default"))
+    got = layer_columns([(moments, parameter_sums(moments), 2)], selection.columns("default"))
     assert np.isnan(float(got["step_variance"]))
     assert np.isnan(float(got["maxva_beta"]))
 
@@ -88,7 +88,7 @@ def test_numpy_torch_and_jitted_jax_give_the_same_columns() -> None:
 
     def columns(values: object) -> dict[str, object]:
         moments = Moments.from_per_example(values)
-        return layer_columns([(moments, parameter_sums(moments), 5)], catalog.columns("light"))
+        return layer_columns([(moments, parameter_sums(moments), 5)], selection.columns("light"))
 
     want = columns(grads)
     for got in (columns(torch.as_tensor(grads)), jax.jit(columns)(grads)):
