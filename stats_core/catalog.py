@@ -158,7 +158,7 @@ STATISTICS: tuple[Statistic, ...] = (
         "mean[⟨gᵢ, ḡ₋ᵢ⟩ < 0]", "example", "full", ("dots", "sq_norms"), "conflicting_share_ratio",
     ),
     Statistic(
-        "deviation_kurtosis", "κ₄", "ratio", "Kurtosis ratio of the examples' deviations; 1: all equally far",
+        "deviation_kurtosis", "κ₄", "ratio", "Kurtosis ratio of the examples' deviations; 1: all are equally far",
         "mean Rᵢ⁴/(mean Rᵢ²)², Rᵢ = ‖gᵢ − ḡ‖", "example", "full", ("dots", "sq_norms", "mean"),
     ),
     # Where the sign is taken.

@@ -77,3 +77,55 @@ def test_measured_sums_are_shown_in_the_optimizers_units_beside_its_own() -> Non
 
 def test_a_step_without_a_gradient_scale_is_taken_as_it_was_measured() -> None:
     assert windowed("batch_variance", {"batch_variance": np.array([[4.0]])}, np.array([np.nan])).tolist() == [4.0]
+
+
+def test_a_product_of_columns_is_formed_step_by_step() -> None:
+    columns = {
+        "sq_norm_mean": np.array([[8.0], [8.0]]),
+        "count": np.array([[16.0], [4.0]]),
+        "mean_sq_norm": np.array([[1.0], [2.0]]),
+    }
+    assert windowed("diversity", columns).tolist() == [16.0 / 24.0]
+    assert across_layers("diversity", columns, np.ones(1)) == pytest.approx(16.0 / 24.0)
+
+
+def test_a_scalar_of_the_step_is_a_factor_like_another() -> None:
+    columns = {"variance_trace": np.array([[4.0, 6.0], [8.0, 2.0]])}
+    scalars = {"learning_rate": np.array([0.5, 0.25]), "loss": np.array([1.0, 3.0])}
+    assert windowed("cabs_batch", columns, scalars=scalars).tolist() == [1.0, 0.875]
+    assert across_layers("cabs_batch", columns, np.ones(2), scalars=scalars) == pytest.approx(7.5 / 4)
+    assert np.isnan(windowed("cabs_batch", columns)).all()  # nobody logged a loss
+
+
+def test_the_whole_models_examples_are_not_those_of_its_layers_added_up() -> None:
+    columns = {"norm_max": np.array([[3.0, 4.0], [3.0, 4.0]])}
+    assert across_layers("norm_max", columns, np.ones(2), scalars={"norm_max": np.array([5.0, 7.0])}) == 6.0
+    assert np.isnan(across_layers("norm_max", columns, np.ones(2)))
+
+
+def test_a_ratio_may_have_the_models_own_number_over_a_sum_of_layers() -> None:
+    columns = {"parallel_variance": np.array([[1.0, 1.0]]), "mean_sq_norm": np.array([[4.0, 6.0]])}
+    found = across_layers("inner_product_test", columns, np.ones(2), scalars={"parallel_variance": np.array([5.0])})
+    assert found == 0.5
+    assert windowed("inner_product_test", columns).tolist() == [0.25, 1 / 6]
+
+
+def test_a_layer_that_was_not_measured_leaves_numerator_and_denominator_of_the_model() -> None:
+    columns = {
+        "variance_trace": np.array([[8.0, 1.0], [8.0, np.nan]]),
+        "grad_sq_norm": np.array([[1.0, 2.0], [1.0, 2.0]]),
+    }
+    assert across_layers("noise_scale", columns, np.ones(2)) == 17.0 / 4.0
+
+
+def test_means_in_a_formula_are_weighted_by_size() -> None:
+    columns = {"inverse_root": np.array([[1.0, 3.0]]), "inverse_root_sq": np.array([[1.0, 9.0]])}
+    sizes = np.array([30.0, 10.0])
+    x = np.repeat([1.0, 3.0], [30, 10])
+    assert across_layers("inverse_root_spread", columns, sizes) == pytest.approx(x.std() / x.mean())
+
+
+def test_measured_norms_go_with_the_root_of_the_gradient_scale() -> None:
+    columns = {"norm_max": np.array([[6.0]]), "gsnr_sum": np.array([[4.0]])}
+    assert windowed("norm_max", columns, np.array([0.25])).tolist() == [3.0]
+    assert windowed("gsnr_sum", columns, np.array([0.25])).tolist() == [4.0]
