@@ -9,7 +9,7 @@ from typing import NamedTuple
 from gradiometer.stats_core.arrays import Array, concrete_count, namespace, square_sum, total
 from gradiometer.stats_core.moments import Moments
 
-__all__ = ["NoiseSums", "noise_sums"]
+__all__ = ["NoiseSums", "noise_of_parts", "noise_sums"]
 
 
 class NoiseSums(NamedTuple):
@@ -62,19 +62,37 @@ def noise_sums(moments: Moments) -> NoiseSums:
     References:
         McCandlish et al., "An empirical model of large-batch training", 2018, arXiv 1812.06162, appendix A.1.
     """
-    xp = namespace(moments.mean)
-    mean_sq_norm = square_sum(moments.mean)
-    deviations = total(moments.m2) / moments.weight_sum
-    weights, sq_norms = moments.weights, moments.sq_norms
-    share = moments.weight_sq_sum / (moments.weight_sum * moments.weight_sum)  # s2
-    equal = abs(share * moments.count - 1.0) < 1e-6
-    plain = deviations * (share / _or_nan(1.0 - share, moments.count))
-    normalised = weights / moments.weight_sum
-    weighted = (total(normalised * normalised * sq_norms) - share * mean_sq_norm) / _or_nan(1.0 - share, moments.count)
-    batch_variance = (plain if equal else weighted) if isinstance(equal, bool) else xp.where(equal, plain, weighted)
+    return noise_of_parts(square_sum(moments.mean), total(moments.m2), moments.sq_norms, moments)
+
+
+def noise_of_parts(mean_sq_norm: Array, m2_sum: Array, sq_norms: Array, batch: Moments) -> NoiseSums:
+    """The same from what was summed already, for one parameter or for many at once.
+
+    Args:
+        mean_sq_norm: ‖ḡ‖² of each, any shape ``(...)``.
+        m2_sum: ΣM₂ of each, same shape.
+        sq_norms: ‖gᵢ‖² of each, shape ``(..., batch)``; used where the weights are not equal.
+        batch: Moments of any parameter: the count and the weights are those of the batch, alike for all.
+
+    Returns:
+        Sums of shape ``(...)``.
+    """
+    xp = namespace(sq_norms)  # numpy's scalars have none
+    deviations = m2_sum / batch.weight_sum
+    share = batch.weight_sq_sum / (batch.weight_sum * batch.weight_sum)  # s2
+    equal = abs(share * batch.count - 1.0) < 1e-6  # a bool, or an array that nobody may look at
+    freedom = _or_nan(1.0 - share, batch.count)
+    plain = deviations * (share / freedom)
+
+    def weighted() -> Array:
+        normalised = batch.weights / batch.weight_sum
+        summed = xp.sum(normalised * normalised * sq_norms, axis=-1, dtype=mean_sq_norm.dtype)
+        return (summed - share * mean_sq_norm) / freedom
+
+    batch_variance = (plain if equal else weighted()) if isinstance(equal, bool) else xp.where(equal, plain, weighted())
     return NoiseSums(
         mean_sq_norm=mean_sq_norm,
-        sq_norm_mean=total(normalised * sq_norms),
+        sq_norm_mean=mean_sq_norm + deviations,  # Σw‖g‖² = ‖ḡ‖² + Σw‖g − ḡ‖²
         variance_trace=deviations + batch_variance,
         batch_variance=batch_variance,
         grad_sq_norm=mean_sq_norm - batch_variance,
