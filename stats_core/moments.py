@@ -52,7 +52,9 @@ class Moments(NamedTuple):
     sign_mean: Array | None = None
 
     @classmethod
-    def from_per_example(cls, grads: Array, weights: Array | None = None) -> Self:
+    def from_per_example(
+        cls, grads: Array, weights: Array | None = None, *, dots: bool = False, sign_mean: bool = False
+    ) -> Self:
         r"""Moments of materialised per-example gradients.
 
         Centred before squaring, and the centre's own rounding is taken out again, so that the
@@ -62,6 +64,8 @@ class Moments(NamedTuple):
             grads: gradients of the unscaled per-example losses, shape ``(batch, *param)``.
                 Half precision is accumulated in float32.
             weights: raw weights :math:`a_i`, shape ``(batch,)``; None for weights of 1.
+            dots: True to compute ``dots`` too: one more pass over the gradients.
+            sign_mean: True to compute ``sign_mean`` too: two more passes.
 
         Returns:
             Moments with ``mean`` and ``m2`` of shape ``(*param,)``.
@@ -87,7 +91,8 @@ class Moments(NamedTuple):
             )
         xp = namespace(grads)
         grads = widened(grads)
-        sq_norms = xp.sum(xp.reshape(grads * grads, (batch, math.prod(grads.shape[1:]))), axis=1)
+        flat = (batch, math.prod(grads.shape[1:]))
+        sq_norms = xp.sum(xp.reshape(grads * grads, flat), axis=1)
         if weights is None:
             weights = xp.ones_like(sq_norms)
             weight_sum, weight_sq_sum = float(batch), float(batch)
@@ -105,14 +110,17 @@ class Moments(NamedTuple):
         centred = grads - mean[None]
         slip = weighted_sum(centred) / divisor  # what rounding left of the mean in the deviations
         m2 = weighted_sum(centred * centred) - weight_sum * slip * slip
+        mean = mean + slip
         return cls(
             count=batch,
             weight_sum=weight_sum,
             weight_sq_sum=weight_sq_sum,
-            mean=mean + slip,
+            mean=mean,
             m2=xp.where(m2 < 0, xp.zeros_like(m2), m2),
             sq_norms=sq_norms,
             weights=weights,
+            dots=xp.sum(xp.reshape(grads * mean[None], flat), axis=1) if dots else None,
+            sign_mean=weighted_sum(xp.sign(grads)) / divisor if sign_mean else None,
         )
 
     def merge(self, other: Self) -> Self:
@@ -169,14 +177,30 @@ class Moments(NamedTuple):
         )
 
     def scaled(self, factor: Array) -> Self:
-        """Moments of ``factor`` times every gradient: what a loss scale or a reduction is undone with."""
+        """Moments of ``factor`` times every gradient: what a loss scale or a reduction is undone with.
+
+        ``sign_mean`` stays as it is, and is turned over by a negative factor.
+
+        Example:
+            >>> import numpy as np
+            >>> moments = Moments.from_per_example(np.array([[1.0], [-3.0], [-4.0]]), sign_mean=True).scaled(-0.5)
+            >>> float(moments.mean[0]), round(float(moments.sign_mean[0]), 4)
+            (1.0, 0.3333)
+        """
         square = factor * factor
         return self._replace(
             mean=self.mean * factor,
             m2=self.m2 * square,
             sq_norms=self.sq_norms * square,
             dots=None if self.dots is None else self.dots * square,
+            sign_mean=None if self.sign_mean is None else self.sign_mean * _sign(factor),
         )
+
+
+def _sign(factor: Array) -> Array:
+    if isinstance(factor, int | float):
+        return (factor > 0) - (factor < 0)
+    return namespace(factor).sign(factor)
 
 
 def variance(moments: Moments, *, ddof: int = 1) -> Array:

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,71 @@ def test_weighted_moments_agree_with_the_float64_loop(grads: np.ndarray, seed: i
     assert relative_error(got.mean, want.mean) <= 1e-12
     assert relative_error(got.m2, want.m2) <= 1e-12 * want.kappa
     assert got.weight_sq_sum == pytest.approx(want.weight_sq_sum, rel=1e-12)
+
+
+def loop_dots_and_signs(grads: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """⟨gᵢ, ḡ⟩ and Σwᵢ sign gᵢ, one example and one element at a time."""
+    mean = sum(a * g for a, g in zip(weights, grads, strict=True)) / math.fsum(weights)
+    dots = np.array([math.fsum(x * y for x, y in zip(g.ravel(), mean.ravel(), strict=True)) for g in grads])
+    signs = np.zeros(grads.shape[1:])
+    for a, g in zip(weights, grads, strict=True):
+        for at, x in np.ndenumerate(g):
+            signs[at] += a / math.fsum(weights) * (1 if x > 0 else -1 if x < 0 else 0)
+    return dots, signs
+
+
+@given(gradient_batches(min_examples=1), st.integers(0, 10**6))
+def test_dots_and_signs_agree_with_the_float64_loop(grads: np.ndarray, seed: int) -> None:
+    weights = np.random.default_rng(seed).uniform(0.1, 5.0, len(grads))
+    got = Moments.from_per_example(grads, weights, dots=True, sign_mean=True)
+    dots, signs = loop_dots_and_signs(grads, weights)
+    size = np.sqrt(got.sq_norms) * np.linalg.norm(got.mean)  # what cancels in a dot product is of this size
+    assert (np.abs(got.dots - dots) <= 1e-13 * size).all()
+    assert np.abs(got.sign_mean - signs).max() <= 1e-14
+
+
+def test_dots_and_signs_are_computed_on_request_only() -> None:
+    plain = Moments.from_per_example(np.ones((3, 2)))
+    assert plain.dots is None
+    assert plain.sign_mean is None
+    assert Moments.from_per_example(np.ones((3, 2)), dots=True).sign_mean is None
+    assert Moments.from_per_example(np.ones((3, 2)), sign_mean=True).dots is None
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_dots_average_to_the_squared_norm_of_the_mean_and_signs_count_their_votes(framework: str) -> None:
+    grads = FRAMEWORKS[framework](np.array([[3.0, -1.0, 0.0], [1.0, -2.0, 0.0], [-1.0, -3.0, 0.0]]))
+    got = Moments.from_per_example(grads, dots=True, sign_mean=True)
+    assert np.asarray(got.dots).tolist() == [5.0, 5.0, 5.0]  # mean (1, -2, 0), of squared norm 5
+    assert np.asarray(got.sign_mean) == pytest.approx([1 / 3, -1.0, 0.0], rel=1e-6)
+
+
+@given(gradient_batches(), st.integers(0, 10**6))
+def test_dots_follow_their_examples_and_signs_do_not_mind_the_order(grads: np.ndarray, seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(len(grads))
+    base = Moments.from_per_example(grads, dots=True, sign_mean=True)
+    mixed = Moments.from_per_example(grads[order], dots=True, sign_mean=True)
+    assert (np.abs(mixed.dots - base.dots[order]) <= 1e-13 * np.sqrt(mixed.sq_norms) * np.linalg.norm(base.mean)).all()
+    assert np.abs(mixed.sign_mean - base.sign_mean).max() <= 1e-14
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("factor", [3.0, -0.5, 0.0])
+def test_scaling_keeps_the_sign_mean_and_a_negative_factor_turns_it_over(framework: str, factor: float) -> None:
+    values = np.array([[3.0, -1.0], [1.0, -2.0], [-1.0, -3.0]])
+    make = FRAMEWORKS[framework]
+    for given_factor in (factor, make(np.asarray(factor))):
+        got = Moments.from_per_example(make(values), dots=True, sign_mean=True).scaled(given_factor)
+        want = Moments.from_per_example(make(factor * values), dots=True, sign_mean=True)
+        for field in ("mean", "m2", "sq_norms", "dots", "sign_mean"):
+            assert np.asarray(getattr(got, field)) == pytest.approx(np.asarray(getattr(want, field)), rel=1e-6), field
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_nan_stays_in_the_dots_and_signs_that_it_touches(framework: str) -> None:
+    grads = FRAMEWORKS[framework](np.array([[1.0, 2.0], [np.nan, 4.0]]))
+    got = Moments.from_per_example(grads, sign_mean=True)
+    assert np.isnan(np.asarray(got.sign_mean)).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -101,10 +168,12 @@ def test_an_empty_side_is_the_identity_of_merge() -> None:
 
 def test_merged_sign_means_are_those_of_all_examples() -> None:
     def part(grads: np.ndarray) -> Moments:
-        return Moments.from_per_example(grads)._replace(sign_mean=np.sign(grads).mean(0))
+        return Moments.from_per_example(grads, dots=True, sign_mean=True)
 
     grads = np.array([[1.0], [-2.0], [3.0], [4.0]])
-    assert part(grads[:1]).merge(part(grads[1:])).sign_mean == pytest.approx([0.5])
+    merged = part(grads[:1]).merge(part(grads[1:]))
+    assert merged.sign_mean == pytest.approx([0.5])
+    assert merged.dots is None  # those of the parts refer to other means
     with pytest.raises(ValueError, match="collect both with the same statistics"):
         part(grads).merge(Moments.from_per_example(grads))
 
