@@ -15,7 +15,9 @@ from gradiometer.collectors.jax_layers import layers_of, leaf_name, measurable
 from gradiometer.collectors.optax_state import OptimizerMoments, optimizer_moments
 from gradiometer.stats_core import Moments, Summary, TemporalMoments, maxva, selection
 from gradiometer.stats_core.arrays import widened
-from gradiometer.stats_core.summary import Previous, layer_columns, maxva_sums, parameter_sums, step_sums
+from gradiometer.stats_core.successive import Previous, step_sums
+from gradiometer.stats_core.summary import layer_columns, parameter_sums
+from gradiometer.stats_core.temporal import maxva_sums
 
 __all__ = ["Temporal", "gradient_scale", "init_temporal", "summarize"]
 
@@ -57,7 +59,7 @@ def init_temporal(params: Any, opt_state: Any = None) -> Temporal:
         )
 
     return Temporal(
-        previous=for_each(lambda zeros: Previous(zeros, jnp.full((), jnp.nan, zeros.dtype))),
+        previous=for_each(Previous.zeros_like),
         moments=None if optimizer_moments(opt_state) else for_each(TemporalMoments.zeros_like),
     )
 
@@ -155,7 +157,10 @@ def _through_time(
             f"summarize needs temporal made from the same parameters, got temporal of {sorted(previous)[:4]} for "
             f"moments of {sorted(measured)[:4]}; call init_temporal with what value_and_grad differentiates by"
         )
-    now = {name: Previous(one.mean, sums[name]["batch_variance"]) for name, one in measured.items()}
+    now = {
+        name: Previous(one.mean, sums[name]["batch_variance"], sums[name]["mean_sq_norm"])
+        for name, one in measured.items()
+    }
     for name, one in now.items():
         sums[name] |= step_sums(previous[name], one)
     after = temporal._replace(previous=_like(temporal.previous, Previous, [*now.values()]))

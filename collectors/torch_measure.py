@@ -103,7 +103,7 @@ class StepMeasurer:
     ) -> None:
         if self._own is not None:
             for parameter, its_moments in moments.items():
-                sums[parameter].update(self._own.feed(parameter, its_moments, sums[parameter]["batch_variance"]))
+                sums[parameter].update(self._own.feed(parameter, its_moments, sums[parameter]))
         if self._optimizer_state is not None and with_optimizer:
             for parameter, found in self._optimizer_state.sums(moments).items():
                 if parameter in sums:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gradiometer.stats_core.arrays import Array
 from gradiometer.stats_core.maxva import TemporalMoments
 from gradiometer.stats_core.moments import Moments
-from gradiometer.stats_core.summary import Previous, maxva_sums, step_sums
+from gradiometer.stats_core.successive import Previous, step_sums
+from gradiometer.stats_core.temporal import maxva_sums
 
 __all__ = ["OwnMemory"]
 
@@ -33,11 +34,11 @@ class OwnMemory:
         self._previous: dict[str, Previous] = {}
         self._temporal: dict[str, TemporalMoments] = {}
 
-    def feed(self, parameter: nn.Parameter, moments: Moments, batch_variance: Array) -> dict[str, Array]:
-        """Take one measured step; the sums that it gives, keyed by catalogue name."""
+    def feed(self, parameter: nn.Parameter, moments: Moments, of_batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Take one measured step and the sums of its batch; the sums that time adds, keyed by catalogue name."""
         name = self._names[parameter]
         sums: dict[str, Array] = {}
-        now = Previous(moments.mean, batch_variance)
+        now = Previous(moments.mean, of_batch["batch_variance"], of_batch["mean_sq_norm"])
         if (before := self._previous.get(name)) is not None:
             sums.update(step_sums(before, now))
         self._previous[name] = now

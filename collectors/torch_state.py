@@ -11,7 +11,7 @@ from gradiometer.stats_core.arrays import Array, widened
 from gradiometer.stats_core.maxva import TemporalMoments
 from gradiometer.stats_core.moments import Moments
 from gradiometer.stats_core.source import TakesMoments
-from gradiometer.stats_core.summary import maxva_sums
+from gradiometer.stats_core.temporal import maxva_sums
 
 __all__ = ["OptimizerState", "is_maxva"]
 
@@ -56,12 +56,12 @@ class OptimizerState:
                 if "u" in state
                 else TemporalMoments.zeros_like(grad)
             )
-            found[parameter], _ = maxva_sums(
+            found[parameter] = maxva_sums(
                 before,
                 grad,
                 within,
                 beta_max=group["betas"][1],
                 beta_min=group["beta_min"],
                 beta_init=group["beta_init"],
-            )
+            ).sums
         return found

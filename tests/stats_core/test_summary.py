@@ -3,11 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from gradiometer.stats_core import catalog, maxva, selection
-from gradiometer.stats_core.maxva import TemporalMoments
+from gradiometer.stats_core import catalog, selection
 from gradiometer.stats_core.moments import Moments
-from gradiometer.stats_core.noise import noise_sums
-from gradiometer.stats_core.summary import Previous, layer_columns, maxva_sums, parameter_sums, step_sums
+from gradiometer.stats_core.summary import layer_columns, parameter_sums
 from tests.reference import loop_layer
 
 
@@ -37,44 +35,6 @@ def test_a_column_that_no_parameter_has_is_nan_and_never_zero() -> None:
     got = layer_columns([(moments, parameter_sums(moments), 2)], selection.columns("default"))
     assert np.isnan(float(got["step_variance"]))
     assert np.isnan(float(got["maxva_beta"]))
-
-
-def test_the_step_to_step_variance_is_absent_on_the_first_step() -> None:
-    sums = step_sums(Previous(np.zeros(2), np.float64("nan")), Previous(np.ones(2), np.float64(0.0)))
-    assert np.isnan([float(v) for v in sums.values()]).all()
-
-
-def test_independent_steps_have_a_variance_ratio_of_one() -> None:
-    # 400 pairs of steps, B = 16, 50 elements: rho has sd about sqrt(3/(2*400*50)) + noise of P; bound 4 sd = .035.
-    rng = np.random.default_rng(1)
-    previous, top, bottom = None, 0.0, 0.0
-    for _ in range(401):
-        moments = Moments.from_per_example(rng.standard_normal((16, 50)) + 3)
-        now = Previous(moments.mean, noise_sums(moments).batch_variance)
-        if previous is not None:
-            sums = step_sums(previous, now)
-            top, bottom = top + float(sums["step_variance"]), bottom + float(sums["step_variance_expected"])
-        previous = now
-    assert abs(top / bottom - 1) < 0.035
-
-
-def test_maxvas_columns_are_those_of_the_optimizers_own_function() -> None:
-    rng = np.random.default_rng(2)
-    state = TemporalMoments.zeros_like(np.zeros(20))
-    for step in range(5):
-        g, tau2 = rng.standard_normal(20), rng.uniform(0, 1, 20)
-        sums, after = maxva_sums(state, g, tau2, beta_max=0.98)
-        want, q = maxva.update(state, g, tau2, beta_max=0.98)
-        assert (after.s == want.s).all()
-        assert float(sums["temporal_variance"]) == pytest.approx(want.s.sum())
-        if step == 0:
-            assert np.isnan(float(sums["deviation_sq"]))
-        else:
-            assert float(sums["temporal_variance_prior"]) == pytest.approx(state.s.sum())
-            assert float(sums["deviation_sq"]) == pytest.approx(((g - state.u) ** 2).sum())
-            assert float(sums["deviation_share"]) == pytest.approx((maxva.deviation_ratio(state, g) > 1).mean())
-            assert float(sums["maxva_beta"]) == pytest.approx(maxva.maxva_beta(state, q, beta_max=0.98).mean())
-        state = after
 
 
 def test_means_over_a_layer_are_weighted_by_the_parameters_sizes() -> None:
