@@ -5,12 +5,12 @@ or as one string with commas, which is how a run's registration spells it.
 """
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from gradiometer.stats_core.catalog import STATISTICS, statistic
 from gradiometer.stats_core.rows import Statistic, Tier
 
-__all__ = ["Statistics", "columns", "ingredients", "selected", "sketches", "spelled"]
+__all__ = ["Selection", "Statistics", "columns", "ingredients", "selected", "sketches", "spelled"]
 
 Statistics = str | Sequence[str]
 
@@ -94,3 +94,40 @@ def ingredients(statistics: Statistics = "default") -> frozenset[str]:
 def _rows(statistics: Statistics) -> list[Statistic]:
     names = selected(statistics)
     return [row for row in STATISTICS if row.name in names]
+
+
+class Selection(NamedTuple):
+    """A selection taken apart, once, for those who measure.
+
+    Attributes:
+        spelled: as one string.
+        columns: names of the columns that travel, in the table's order.
+        sketches: names of the histograms.
+        has_outliers: True where single examples are asked for.
+        ingredients: what must be computed.
+    """
+
+    spelled: str
+    columns: tuple[str, ...]
+    sketches: tuple[str, ...]
+    has_outliers: bool
+    ingredients: frozenset[str]
+
+    @classmethod
+    def of(cls, statistics: Statistics) -> "Selection":
+        """Take a selection apart.
+
+        Raises:
+            ValueError: as `spelled`.
+
+        Example:
+            >>> Selection.of("light,outliers").has_outliers
+            True
+        """
+        return cls(
+            spelled(statistics),
+            columns(statistics),
+            sketches(statistics),
+            "outliers" in selected(statistics),
+            ingredients(statistics),
+        )
