@@ -169,12 +169,9 @@ def _through_time(
     elif temporal.moments is not None:
         own = []
         for name, state in _named(temporal.moments, TemporalMoments).items():
-            grad = measured[name].mean
-            shown, updated = maxva_sums(state, grad)
-            sums[name] |= shown
-            # One NaN would stay for good in moments that are only watched; the step's own columns still show it.
-            finite = jnp.isfinite(grad)
-            own.append(jax.tree.map(lambda new, old, ok=finite: jnp.where(ok, new, old), updated, state))
+            found = maxva_sums(state, measured[name].mean)
+            sums[name] |= found.sums
+            own.append(found.after)
         after = after._replace(moments=_like(temporal.moments, TemporalMoments, own))
     return after
 
@@ -196,7 +193,7 @@ def _show_optimizers(
         if name in optimizers:
             state, betas, _ = optimizers[name]
             within = optimizers[name].within_variance(one, scale)
-            sums[name] |= maxva_sums(state, seen[name].astype(state.u.dtype), within, **betas)[0]
+            sums[name] |= maxva_sums(state, seen[name].astype(state.u.dtype), within, **betas).sums
         else:  # another optimizer's parameter: absent, and not counted as 0 in its layer
             sums[name] |= dict.fromkeys(_MAXVA_COLUMNS, jnp.nan)
 

@@ -6,7 +6,6 @@ The step-to-step variance and, where no optimizer keeps them, MaxVA's moments be
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradiometer.stats_core.arrays import Array
@@ -44,12 +43,9 @@ class OwnMemory:
         self._previous[name] = now
         if self._keeps_maxva:
             state = self._temporal.get(name) or TemporalMoments.zeros_like(moments.mean)
-            found, after = maxva_sums(state, moments.mean)
-            # What is not a number is shown once; it must not stay in the memory for good.
-            finite = torch.isfinite(moments.mean)
-            pairs = zip(after, state, strict=True)
-            self._temporal[name] = TemporalMoments(*(torch.where(finite, new, old) for new, old in pairs))
-            sums.update(found)
+            found = maxva_sums(state, moments.mean)
+            self._temporal[name] = found.after
+            sums.update(found.sums)
         return sums
 
     def state_dict(self) -> dict[str, Any]:

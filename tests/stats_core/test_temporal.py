@@ -11,7 +11,7 @@ def test_maxvas_columns_are_those_of_the_optimizers_own_function() -> None:
     state = TemporalMoments.zeros_like(np.zeros(20))
     for step in range(5):
         g, tau2 = rng.standard_normal(20), rng.uniform(0, 1, 20)
-        sums, after = maxva_sums(state, g, tau2, beta_max=0.98)
+        sums, after, _ = maxva_sums(state, g, tau2, beta_max=0.98)
         want, q = maxva.update(state, g, tau2, beta_max=0.98)
         assert (after.s == want.s).all()
         assert float(sums["temporal_variance"]) == pytest.approx(want.s.sum())
