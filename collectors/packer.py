@@ -8,27 +8,45 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gradiometer.collectors.outbox import Outbox
 from gradiometer.collectors.slots import Measurement, Slots
-from gradiometer.protos.batch_pb2 import Event, StepBatch
+from gradiometer.protos.batch_pb2 import Event, Histogram, StepBatch, TopExample
 from gradiometer.protos.checks import LARGEST_STEP, check_batch
-from gradiometer.protos.columns import pack_batch
+from gradiometer.protos.columns import COLUMN_DTYPE, UNIT_EXPONENT, pack_batch
+from gradiometer.protos.distributions import pack_examples, pack_histograms
+from gradiometer.stats_core.catalog import STATISTICS
 from gradiometer.stats_core.errors import PeerFault
 
-__all__ = ["MAX_BATCH_BYTES", "Packer"]
+__all__ = ["MAX_BATCH_BYTES", "MAX_STEP_BYTES", "Packer"]
 
 _log = logging.getLogger("gradiometer")
 
 MAX_BATCH_BYTES = 7 << 19  # 3.5 MiB: servers take 4 MiB at least, and scalars come on top
+MAX_STEP_BYTES = 7 << 20  # servers take messages of 8 MiB, and a step is never split
 _MOST_STEPS = 256
 _TICK = 0.1  # seconds
 _MOST_EVENTS = 1000
 _MOST_EVENT_TEXT = 4096
+_HISTOGRAMS = tuple(row.name for row in STATISTICS if row.kind == "histogram")
+# Scalars that the collector forms on the device, in the unit of the step's columns.
+_POWERS = {row.name: row.power for row in STATISTICS if row.kind == "example" and row.power}
+
+
+class _Step(NamedTuple):
+    """A step made ready to travel, but for its columns."""
+
+    step: int
+    unix_nanos: int
+    names: Sequence[str]
+    scalars: dict[str, float]
+    histograms: list[Histogram]
+    examples: list[TopExample]
+    size: int
 
 
 class Packer:
@@ -51,7 +69,8 @@ class Packer:
         self._outbox = outbox
         self._names = tuple(names)
         self._num_layers = num_layers
-        self._most_steps = max(1, min(_MOST_STEPS, MAX_BATCH_BYTES // (len(self._names) * num_layers * 4)))
+        self._row_bytes = len(self._names) * num_layers * COLUMN_DTYPE.itemsize
+        self._most_steps = max(1, min(_MOST_STEPS, MAX_BATCH_BYTES // self._row_bytes))
         self._events: deque[tuple[Any, int, str, str]] = deque(maxlen=_MOST_EVENTS)
         self._complaints: deque[str] = deque(maxlen=16)
         self._complained: set[str] = set()
@@ -145,8 +164,7 @@ class Packer:
         taken: list[Measurement] = []
         while len(taken) < self._most_steps and (measurement := self._slots.take()) is not None:
             taken.append(measurement)
-            arrays = [measurement.examples, *(measurement.columns or {}).values(), *measurement.scalars.values()]
-            for array in arrays:
+            for array in _arrays(measurement):
                 if hasattr(array, "copy_to_host_async"):
                     array.copy_to_host_async()
         return taken
@@ -155,42 +173,57 @@ class Packer:
         """A batch of ascending steps, or None where nothing is in it. What has no place in it is put back."""
         block = np.full((len(taken), len(self._names), self._num_layers), np.nan, np.float32)
         present: set[str] = set()
-        steps: list[int] = []
-        nanos: list[int] = []
-        scalars: list[dict[str, float]] = []
+        steps: list[_Step] = []
+        size = 0
         for place, measurement in enumerate(taken):
-            step = self._step(measurement)
-            if step is not None and steps and step <= steps[-1]:
-                # Trained on from an earlier checkpoint: a batch of its own.
+            step = self._read(measurement, block[len(steps)], len(steps))
+            if step is None:
+                continue
+            # Trained on from an earlier checkpoint, or full of histograms: a batch of its own.
+            if steps and (step.step <= steps[-1].step or size + step.size > MAX_BATCH_BYTES):
                 while len(taken) > place:
                     self._slots.put_back(taken.pop())
                 break
-            try:
-                names = self._fill(block[len(steps)], measurement) if step is not None else ()
-            except Exception as error:  # noqa: BLE001 - a deleted buffer, another shape, what not
-                self.dropped += 1
-                self.complain(f"a measurement was dropped: {(str(error) or repr(error)).splitlines()[0]}")
-                continue
-            if step is None or not names:
-                continue
-            scalars.append(self._scalars(measurement, step))
             steps.append(step)
-            nanos.append(measurement.unix_nanos)
-            present.update(names)
-            self._last = (step, measurement.dropped)
+            size += step.size
+            self._last = (step.step, measurement.dropped)
         events = self._take_events()
         if not steps and not events:
             return None
-        names_of_scalars = sorted({name for row in scalars for name in row})
+        present = {name for step in steps for name in step.names}
+        names_of_scalars = sorted({name for step in steps for name in step.scalars})
         batch = pack_batch(
-            steps,
-            nanos,
+            [step.step for step in steps],
+            [step.unix_nanos for step in steps],
             self._num_layers,
             {name: block[: len(steps), at] for at, name in enumerate(self._names) if name in present},
-            {name: np.array([row.get(name, math.nan) for row in scalars]) for name in names_of_scalars},
+            {name: np.array([step.scalars.get(name, math.nan) for step in steps]) for name in names_of_scalars},
         )
+        batch.histograms.extend(histogram for step in steps for histogram in step.histograms)
+        batch.examples.extend(example for step in steps for example in step.examples)
         batch.events.extend(events)
         return batch
+
+    def _read(self, measurement: Measurement, row: np.ndarray, index: int) -> _Step | None:
+        """A measurement as a step of a batch, its columns copied into ``row``; None where there is nothing to send."""
+        number = self._step(measurement)
+        if number is None:
+            return None
+        try:
+            names = self._fill(row, measurement)
+            if not names:
+                return None
+            scalars = self._scalars(measurement, number)
+            exponent = int(scalars.get(UNIT_EXPONENT, 0))
+            histograms = self._histograms(measurement, index, exponent)
+            examples = self._examples(measurement, index, exponent)
+        except Exception as error:  # noqa: BLE001 - a deleted buffer, another shape, what not
+            row[:] = np.nan
+            self.dropped += 1
+            self.complain(f"a measurement was dropped: {_line(error)}")
+            return None
+        size = self._row_bytes + _bytes(histograms) + _bytes(examples)
+        return _Step(number, measurement.unix_nanos, names, scalars, histograms, examples, size)
 
     def _step(self, measurement: Measurement) -> int | None:
         try:
@@ -239,7 +272,50 @@ class Packer:
                 found[name] = float(value)
             except (TypeError, ValueError, RuntimeError):
                 self.complain(f"record needs scalars that are numbers, got {name}={value!r}; it is left out")
+        exponent = found.get(UNIT_EXPONENT, 0.0)
+        if not math.isfinite(exponent) or not exponent:  # as nearly always: the unit is 1
+            found.pop(UNIT_EXPONENT, None)
+        else:
+            found |= {name: _scaled(found[name], exponent * power) for name, power in _POWERS.items() if name in found}
         return found
+
+    def _histograms(self, measurement: Measurement, index: int, exponent: int) -> list[Histogram]:
+        """Those of a step's sketches that can be read, as long as there is room; one that is cut would lie."""
+        found: list[Histogram] = []
+        room = MAX_STEP_BYTES - self._row_bytes
+        for name, sketch in (measurement.sketches or {}).items():
+            try:
+                if name not in _HISTOGRAMS or len(sketch.first) != self._num_layers:
+                    raise ValueError(
+                        f"record needs sketches of {_HISTOGRAMS} for {self._num_layers} layers, "
+                        f"got sketch={name!r} for layers={len(sketch.first)}"
+                    )
+                packed = pack_histograms(name, sketch, index, exponent)
+                size = _bytes(packed)
+                if size > room:
+                    raise ValueError(
+                        f"record needs steps of at most {MAX_STEP_BYTES} bytes, got more with the histograms of "
+                        f"{name!r} for layers={self._num_layers}; measure fewer layers or fewer distributions"
+                    )
+            except Exception as error:  # noqa: BLE001 - the step's numbers are worth more than its distributions
+                self.complain(f"histograms were left out: {_line(error)}")
+                continue
+            found += packed
+            room -= size
+        return found
+
+    def _examples(self, measurement: Measurement, index: int, exponent: int) -> list[TopExample]:
+        if measurement.outliers is None:
+            return []
+        try:
+            return pack_examples(measurement.outliers, index, measurement.ids, exponent)
+        except Exception as error:  # noqa: BLE001 - ids are the user's own, and may be anything
+            self.complain(f"ids of examples were left out, their rows stand for them: {_line(error)}")
+        try:
+            return pack_examples(measurement.outliers, index, None, exponent)
+        except Exception as error:  # noqa: BLE001 - as above
+            self.complain(f"examples that stand out were left out: {_line(error)}")
+            return []
 
     def _is_good_name(self, name: str) -> bool:
         if name not in self._good_names:
@@ -262,3 +338,27 @@ class Packer:
             except (TypeError, ValueError) as error:
                 self.complain(f"event needs kind and text as strings, got kind={kind!r} ({error}); it is left out")
         return events
+
+
+def _arrays(measurement: Measurement) -> Iterator[Any]:
+    """All of a measurement that may still be on a device."""
+    yield measurement.examples
+    yield from (measurement.columns or {}).values()
+    yield from measurement.scalars.values()
+    for sketch in (measurement.sketches or {}).values():
+        yield from sketch
+    yield from measurement.outliers or ()
+
+
+def _bytes(messages: Sequence[Histogram] | Sequence[TopExample]) -> int:
+    """What messages take in a batch: themselves, and up to five bytes before each."""
+    return sum(message.ByteSize() + 5 for message in messages)
+
+
+def _scaled(value: float, exponent: float) -> float:
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.ldexp(value, int(exponent)))
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]

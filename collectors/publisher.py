@@ -14,13 +14,15 @@ import numpy as np
 from gradiometer.collectors import spool
 from gradiometer.collectors.endpoint import OFF, Credentials, Endpoint, is_disabled, resolve
 from gradiometer.collectors.outbox import Outbox
-from gradiometer.collectors.packer import Packer
+from gradiometer.collectors.packer import MAX_STEP_BYTES, Packer
 from gradiometer.collectors.registration import complete, registration
 from gradiometer.collectors.sender import Sender
 from gradiometer.collectors.slots import Slots
 from gradiometer.protos.run_pb2 import Coverage, Run
 from gradiometer.stats_core import Summary, selection
 from gradiometer.stats_core.arrays import Array
+from gradiometer.stats_core.examples import Outliers
+from gradiometer.stats_core.histogram import WIDTH, Sketch
 
 __all__ = ["Publisher"]
 
@@ -28,7 +30,6 @@ _log = logging.getLogger("gradiometer")
 
 _SPOOL_BYTES = 256 << 20  # of one run
 _SPOOLS_BYTES = 1 << 30  # of all that no process owns any more
-_STEP_BYTES = 7 << 20  # servers take messages of 8 MiB, and a step is never split
 
 _living: "weakref.WeakSet[Publisher]" = weakref.WeakSet()
 
@@ -94,9 +95,9 @@ class Publisher:
         address = resolve(endpoint, os.environ)
         names = selection.columns(run.tier)
         step_bytes = len(names) * len(run.layers) * 4
-        if step_bytes > _STEP_BYTES:
+        if step_bytes > MAX_STEP_BYTES:
             raise ValueError(
-                f"Publisher needs steps of at most {_STEP_BYTES} bytes, got layers={len(run.layers)}, "
+                f"Publisher needs steps of at most {MAX_STEP_BYTES} bytes, got layers={len(run.layers)}, "
                 f"columns={len(names)}; measure fewer layers or a lighter tier"
             )
         self.run_id: str = run.run_id
@@ -123,7 +124,8 @@ class Publisher:
 
         self._folder: Path = folder
         self._outbox = Outbox(make_spool)
-        self._slots = slots = Slots(len(names), len(run.layers))
+        sketches = 4 * WIDTH * len(selection.sketches(run.tier)) * len(run.layers)
+        self._slots = slots = Slots(len(names), len(run.layers), beside=sketches)
         self._packer = Packer(slots, self._outbox, names, len(run.layers))
         self._sender = Sender(address, credentials, run, self._outbox, spools=folder, on_refused=self._packer.refuse)
         self._live = True
@@ -158,14 +160,14 @@ class Publisher:
 
         Args:
             step: number of the optimizer's step.
-            summary: of `gradiometer.summarize`; where its count is 0 (not measured) nothing is published.
+            summary: of `gradiometer.summarize`; where its count is 0 (not measured) nothing is published. Its
+                sketches and outliers are not copied where they are numpy's: leave them unchanged.
             loss: training loss of the step.
             tokens: tokens in the batch.
-            ids: the user's own ids of the examples, for summaries that name examples that stand out; those of
-                the tiers "light" and "default" name none.
-            **scalars: any other numbers of the step, by name.
+            ids: the user's own ids of the examples, in the order of the batch, for summaries that name examples that
+                stand out (``statistics="…,outliers"``); not copied. Without them an example's row stands for it.
+            **scalars: any other numbers of the step, by name; one of the summary's own names takes its place.
         """
-        del ids
         slots = self._slots
         if slots is None or not self._live:
             self._late += self._ended == "closed"
@@ -173,12 +175,24 @@ class Publisher:
         try:
             self._last_step = step
             columns = {name: _unchanging(values) for name, values in summary.columns.items()}
-            scalars.update(loss=loss, tokens=tokens)
-            slots.put(step, time.time_ns(), scalars, _unchanging(summary.count), columns)
+            known = {name: _unchanging(value) for name, value in summary.scalars.items()}
+            known.update(scalars, loss=loss, tokens=tokens)
+            count = _unchanging(summary.count)
+            slots.put(step, time.time_ns(), known, count, columns, summary.sketches, summary.outliers, ids)
         except Exception as error:  # noqa: BLE001 - never raises in a training step
             self._refuse_step(error)
 
-    def record_rows(self, step: int, rows: np.ndarray, scalars: Mapping[str, float], unix_nanos: int) -> None:
+    def record_rows(
+        self,
+        step: int,
+        rows: np.ndarray,
+        scalars: Mapping[str, float],
+        unix_nanos: int,
+        *,
+        sketches: Mapping[str, Sketch] | None = None,
+        outliers: Outliers | None = None,
+        ids: Sequence[object] | None = None,
+    ) -> None:
         """Hand over one step whose numbers are on the host already: the short way.
 
         Args:
@@ -187,6 +201,9 @@ class Publisher:
                 copied, so that the caller may use the memory again.
             scalars: numbers of the step, by name; copied.
             unix_nanos: when it was measured. Unit: nanoseconds since 1970, UTC.
+            sketches: catalogue name → dense counts a layer; not copied: leave them unchanged.
+            outliers: the examples that stand out, of the whole model; not copied.
+            ids: the user's own ids of the examples, in the order of the batch; not copied. None: their rows.
         """
         slots = self._slots
         if slots is None or not self._live:
@@ -194,7 +211,7 @@ class Publisher:
             return
         try:
             self._last_step = step
-            slots.put_rows(step, unix_nanos, dict(scalars), rows)
+            slots.put_rows(step, unix_nanos, dict(scalars), rows, sketches, outliers, ids)
         except Exception as error:  # noqa: BLE001 - never raises in a training step
             self._refuse_step(error)
 

@@ -8,12 +8,14 @@ stack hands out the slot that was used last, whose memory is still in the cache.
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gradiometer.stats_core.arrays import Array
+from gradiometer.stats_core.examples import Outliers
+from gradiometer.stats_core.histogram import Sketch
 
 __all__ = ["Measurement", "Slots"]
 
@@ -33,6 +35,9 @@ class Measurement(NamedTuple):
         dropped: steps that had found no slot before this one.
         examples: number of examples of the step, perhaps still on a device; None where the slot holds rows.
         columns: catalogue name → ``(layers,)``, perhaps still on a device; None where the slot holds rows.
+        sketches: catalogue name → dense counts a layer, perhaps still on a device.
+        outliers: the examples that stand out, perhaps still on a device.
+        ids: the user's own ids of the examples.
     """
 
     slot: int
@@ -42,15 +47,21 @@ class Measurement(NamedTuple):
     dropped: int
     examples: Array | None
     columns: Mapping[str, Array] | None
+    sketches: Mapping[str, Sketch] | None = None
+    outliers: Outliers | None = None
+    ids: Sequence[object] | None = None
 
 
 class Slots:
     """The slots. Many producers, one consumer.
 
+    Rows are copied; sketches, outliers and ids are handed over as they are, for the giver to leave unchanged.
+
     Args:
         columns: statistics a step.
         layers: layers of each.
         count: how many steps are held; as many as fit 16 MiB (16 to 4096) where not said.
+        beside: bytes of a step's sketches, about.
 
     Attributes:
         count: how many steps are held.
@@ -67,9 +78,9 @@ class Slots:
         >>> slots.release(found)
     """
 
-    def __init__(self, columns: int, layers: int, count: int | None = None) -> None:
+    def __init__(self, columns: int, layers: int, count: int | None = None, *, beside: int = 0) -> None:
         size = columns * layers * 4
-        self.count = count or min(_MOST, max(_FEWEST, _BYTES // size))
+        self.count = count or min(_MOST, max(_FEWEST, _BYTES // (size + beside)))
         self.dropped = 0
         memory = bytearray(self.count * size)
         whole = memoryview(memory)
@@ -85,7 +96,16 @@ class Slots:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put_rows(self, step: int, unix_nanos: int, scalars: Mapping[str, float], rows: np.ndarray) -> None:
+    def put_rows(
+        self,
+        step: int,
+        unix_nanos: int,
+        scalars: Mapping[str, float],
+        rows: np.ndarray,
+        sketches: Mapping[str, Sketch] | None = None,
+        outliers: Outliers | None = None,
+        ids: Sequence[object] | None = None,
+    ) -> None:
         """Hand over a copy of a step's rows; where no slot is free, drop and count it.
 
         Raises:
@@ -102,7 +122,7 @@ class Slots:
             self.dropped += 1
             return
         self._raw[slot][:] = rows.data.cast("B")
-        self._waiting.append((slot, step, unix_nanos, scalars, self.dropped, None, None))
+        self._waiting.append((slot, step, unix_nanos, scalars, self.dropped, None, None, sketches, outliers, ids))
         if len(self._free) < self._few:
             self.pressure.set()
 
@@ -113,6 +133,9 @@ class Slots:
         scalars: Mapping[str, Array | None],
         examples: Array,
         columns: Mapping[str, Array],
+        sketches: Mapping[str, Sketch] | None = None,
+        outliers: Outliers | None = None,
+        ids: Sequence[object] | None = None,
     ) -> None:
         """Hand over a step whose columns are arrays that nobody changes any more; where no slot is free, drop it."""
         try:
@@ -120,7 +143,8 @@ class Slots:
         except IndexError:
             self.dropped += 1
             return
-        self._waiting.append((slot, step, unix_nanos, scalars, self.dropped, examples, columns))
+        beside = (sketches, outliers, ids)
+        self._waiting.append((slot, step, unix_nanos, scalars, self.dropped, examples, columns, *beside))
         if len(self._free) < self._few:
             self.pressure.set()
 

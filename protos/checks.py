@@ -3,10 +3,14 @@
 The publisher and the server refuse by the same functions; a new check of what arrives belongs here.
 """
 
+import math
 import re
+from itertools import pairwise
 
-from gradiometer.protos.batch_pb2 import StepBatch
-from gradiometer.protos.columns import COLUMN_DTYPE, SCALAR_DTYPE
+import numpy as np
+
+from gradiometer.protos.batch_pb2 import Histogram, StepBatch, TopExample
+from gradiometer.protos.columns import COLUMN_DTYPE, SCALAR_DTYPE, UNIT_EXPONENT
 from gradiometer.protos.run_pb2 import LOSS_REDUCTION_UNSPECIFIED, Run
 from gradiometer.stats_core import catalog
 from gradiometer.stats_core.errors import PeerFault
@@ -18,6 +22,10 @@ LARGEST_STEP = 2**63 - 1
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SCALAR_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]{0,127}")
 _COLUMNS = frozenset(row.name for row in catalog.WIRE)
+_HISTOGRAMS = tuple(row.name for row in catalog.STATISTICS if row.kind == "histogram")
+_SCHEMAS = range(-4, 9)
+_MOST_COUNTED = 2**63
+_LARGEST_EXPONENT = 1000
 
 
 def check_run(run: Run) -> None:
@@ -64,7 +72,7 @@ def check_batch(batch: StepBatch, num_layers: int) -> None:
         PeerFault: naming the first thing that is wrong; nothing of the batch may be stored then.
     """
     steps = len(batch.steps)
-    if any(later <= earlier for earlier, later in zip(batch.steps, batch.steps[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(batch.steps)):
         raise PeerFault("Publish needs steps in ascending order, got a step twice or going back; sort the batch")
     highest = max((*batch.steps[-1:], *(event.step for event in batch.events)), default=0)
     if highest > LARGEST_STEP:
@@ -94,22 +102,76 @@ def check_batch(batch: StepBatch, num_layers: int) -> None:
                 f"got scalar={name[:140]!r}; rename it"
             )
         _check_length("scalar", name, len(values), steps * SCALAR_DTYPE.itemsize)
+    _check_exponents(batch)
     for histogram in batch.histograms:
-        if (
-            histogram.step_index >= steps
-            or histogram.layer >= num_layers
-            or len(histogram.positive_index) != len(histogram.positive_count)
-            or len(histogram.negative_index) != len(histogram.negative_count)
-        ):
+        _check_histogram(histogram, steps, num_layers)
+    _check_examples(batch, num_layers)
+
+
+def _check_exponents(batch: StepBatch) -> None:
+    exponents = np.frombuffer(batch.scalars.get(UNIT_EXPONENT, b""), SCALAR_DTYPE)
+    wrong = exponents[~np.isnan(exponents) & ((np.rint(exponents) != exponents) | (abs(exponents) > _LARGEST_EXPONENT))]
+    if len(wrong):
+        raise PeerFault(
+            f"Publish needs whole numbers up to {_LARGEST_EXPONENT} in scalar={UNIT_EXPONENT!r}, "
+            f"got {UNIT_EXPONENT}={wrong[0]}; it is the exponent of the unit that the columns are in"
+        )
+
+
+def _check_histogram(histogram: Histogram, steps: int, num_layers: int) -> None:
+    if histogram.statistic not in _HISTOGRAMS:
+        raise PeerFault(
+            f"Publish needs histograms of {_HISTOGRAMS}, got statistic={histogram.statistic[:140]!r}; "
+            "use the same version on both sides"
+        )
+    positive, negative = histogram.positive_index, histogram.negative_index
+    if (
+        histogram.step_index >= steps
+        or histogram.layer >= num_layers
+        or len(positive) != len(histogram.positive_count)
+        or len(negative) != len(histogram.negative_count)
+    ):
+        raise PeerFault(
+            f"Publish needs histograms of the batch's steps and layers with a count a bucket, "
+            f"got step_index={histogram.step_index}, layer={histogram.layer}; check both"
+        )
+    if histogram.schema not in _SCHEMAS or not 0 <= histogram.zero_threshold < math.inf:
+        raise PeerFault(
+            f"Publish needs histograms of schema {_SCHEMAS.start} to {_SCHEMAS.stop - 1} with a finite threshold, "
+            f"got schema={histogram.schema}, zero_threshold={histogram.zero_threshold}; check who counts"
+        )
+    for indices in (positive, negative):
+        if len(indices) > 1 and sorted(set(indices)) != list(indices):
             raise PeerFault(
-                f"Publish needs histograms of the batch's steps and layers with a count a bucket, "
-                f"got step_index={histogram.step_index}, layer={histogram.layer}; check both"
+                f"Publish needs each bucket of a histogram once, ascending, got {list(indices)[:8]}, …; sort them"
             )
+    counted = histogram.zero_count + sum(histogram.positive_count) + sum(histogram.negative_count)
+    if counted >= _MOST_COUNTED or not all(histogram.positive_count) or not all(histogram.negative_count):
+        raise PeerFault(
+            "Publish needs counts above 0 in the buckets that a histogram names, below 2^63 together, "
+            f"got counted={counted}, layer={histogram.layer}; leave empty buckets out"
+        )
+
+
+def _check_examples(batch: StepBatch, num_layers: int) -> None:
+    ranks: dict[tuple[int, int], list[TopExample]] = {}
     for example in batch.examples:
-        if example.step_index >= steps or not -1 <= example.layer < num_layers:
+        if example.step_index >= len(batch.steps) or not -1 <= example.layer < num_layers:
             raise PeerFault(
                 f"Publish needs examples of the batch's steps and layers, got step_index={example.step_index}, "
                 f"layer={example.layer}; check both"
+            )
+        if example.sq_norm < 0:
+            raise PeerFault(f"Publish needs squared norms of examples, got sq_norm={example.sq_norm}; square them")
+        ranks.setdefault((example.step_index, example.layer), []).append(example)
+    for found in ranks.values():
+        # An example that is not finite counts as the largest.
+        sizes = [example.sq_norm if math.isfinite(example.sq_norm) else math.inf for example in found]
+        places = [example.place for example in found]
+        if places != list(range(len(found))) or any(later > earlier for earlier, later in pairwise(sizes)):
+            raise PeerFault(
+                f"Publish needs examples from the largest to the smallest, in places from 0, got places={places[:8]}; "
+                "sort them by their norms"
             )
 
 

@@ -10,8 +10,11 @@ from gradiometer.collectors.outbox import Outbox
 from gradiometer.collectors.packer import MAX_BATCH_BYTES, Packer
 from gradiometer.collectors.slots import Slots
 from gradiometer.protos.batch_pb2 import StepBatch
-from gradiometer.protos.columns import column_arrays, scalar_arrays
+from gradiometer.protos.columns import COLUMN_DTYPE, column_arrays, scalar_arrays
+from gradiometer.protos.distributions import pack_histograms
 from gradiometer.stats_core import selection
+from gradiometer.stats_core.examples import Outliers, outliers
+from gradiometer.stats_core.histogram import Sketch, sketch_rows
 
 NAMES = ("mean_sq_norm", "variance_trace")
 LAYERS = 3
@@ -23,6 +26,9 @@ class Device:
     def __init__(self, values: Any, log: list[str]) -> None:
         self._values = np.asarray(values)
         self._log = log
+
+    def __len__(self) -> int:
+        return len(self._values)
 
     def copy_to_host_async(self) -> None:
         self._log.append("begun")
@@ -45,6 +51,12 @@ class Bench:
 
     def put_rows(self, step: Any, value: float = 0.0, **scalars: Any) -> None:
         self.slots.put_rows(step, 1000 + step, scalars, np.full(self.shape, value, np.float32))
+
+    def put_beside(
+        self, step: Any, *, ids: Any = None, found: Any = None, scalars: Any = None, **sketches: Any
+    ) -> None:
+        rows = np.zeros(self.shape, np.float32)
+        self.slots.put_rows(step, 1000 + step, scalars or {}, rows, sketches, found, ids)
 
     def put(self, step: Any, examples: Any, columns: dict[str, Any], **scalars: Any) -> None:
         self.slots.put(step, 1000, scalars, examples, columns)
@@ -289,3 +301,171 @@ def test_with_no_room_in_the_outbox_measurements_wait() -> None:
     bench.outbox.acknowledge(1)
     bench.packer.pack()
     assert (bench.outbox.last, len(bench.slots)) == (2, 0)
+
+
+# -- distributions, single examples, units -----------------------------------------------------------------------------
+
+
+def sketch(layers: int = LAYERS, values: int = 40) -> Sketch:
+    return sketch_rows(np.exp(np.random.default_rng(0).standard_normal((layers, values))).astype(np.float32))
+
+
+def test_sketches_and_examples_belong_to_their_step() -> None:
+    bench = Bench()
+    bench.put_rows(0)
+    bench.put_beside(3, example_norm=sketch(), found=outliers(np.array([1.0, 4.0]), 2), ids=["a", "b"])
+    bench.put_beside(5, element_t_sq=sketch())
+    (batch,) = bench.packed()
+    assert list(batch.steps) == [0, 3, 5]
+    assert [(one.step_index, one.layer, one.statistic) for one in batch.histograms] == [
+        *((1, layer, "example_norm") for layer in range(3)),
+        *((2, layer, "element_t_sq") for layer in range(3)),
+    ]
+    assert [(one.step_index, one.layer, one.place, one.example_id, one.sq_norm) for one in batch.examples] == [
+        (1, -1, 0, "b", 4.0),
+        (1, -1, 1, "a", 1.0),
+    ]
+
+
+def test_sketches_on_a_device_are_begun_with_the_rest() -> None:
+    log: list[str] = []
+    bench = Bench()
+    arrays = Sketch(*(Device(part, log) for part in sketch()))
+    found = Outliers(Device([0], log), Device([4.0], log))
+    bench.slots.put(0, 1000, {}, 8, {"mean_sq_norm": np.ones(3)}, {"example_norm": arrays}, found)
+    (batch,) = bench.packed()
+    assert log[:5] == ["begun"] * 5
+    assert "begun" not in log[5:]
+    assert len(batch.histograms) == 3
+    assert len(batch.examples) == 1
+
+
+def test_histograms_count_towards_the_size_of_a_batch() -> None:
+    bench = Bench(layers=2000)
+    one = sketch(2000)
+    size = sum(message.ByteSize() for message in pack_histograms("example_norm", one, 0))
+    for step in range(20):
+        bench.put_beside(step, example_norm=one)
+    batches = bench.packed()
+    assert [step for batch in batches for step in batch.steps] == list(range(20))
+    assert all(len(batch.histograms) == 2000 * len(batch.steps) for batch in batches)
+    assert all(batch.ByteSize() < MAX_BATCH_BYTES + 10_000 for batch in batches)
+    assert len(batches) == math.ceil(20 / (MAX_BATCH_BYTES // (size + 5 * 2000 + 2 * 2000 * 4)))
+    assert bench.packer.dropped == 0
+
+
+def test_of_a_step_that_is_too_large_distributions_are_left_out_and_not_the_step(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = sketch(values=3), sketch(values=300)
+    room = sum(message.ByteSize() + 5 for message in pack_histograms("element_t_sq", small, 1))
+    monkeypatch.setattr("gradiometer.collectors.packer.MAX_STEP_BYTES", 2 * LAYERS * 4 + room)
+    bench = Bench()
+    with caplog.at_level(logging.WARNING, "gradiometer"):
+        for step in range(2):
+            bench.put_beside(step, example_norm=large, element_t_sq=small)
+        (batch,) = bench.packed()
+        bench.packed()
+    assert list(batch.steps) == [0, 1]
+    assert [one.statistic for one in batch.histograms] == ["element_t_sq"] * 6
+    assert bench.packer.dropped == 0
+    (line,) = caplog.records
+    assert "got more with the histograms of 'example_norm' for layers=3; measure fewer layers" in line.message
+
+
+@pytest.mark.parametrize(
+    ("sketches", "message"),
+    [
+        ({"no_such": sketch()}, "got sketch='no_such' for layers=3"),
+        ({"noise_scale": sketch()}, r"record needs sketches of ('example_norm', "),
+        ({"example_norm": sketch(4)}, "for 3 layers, got sketch='example_norm' for layers=4"),
+        ({"example_norm": "what"}, "histograms were left out"),
+        ({"example_norm": Sketch(np.array(["a"] * 3), np.ones((3, 2)), np.ones(3))}, "could not convert"),
+    ],
+    ids=["unknown", "no histogram", "another shape", "no sketch", "no numbers"],
+)
+def test_a_sketch_that_can_not_travel_is_left_out_and_said_once(
+    sketches: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench()
+    with caplog.at_level(logging.WARNING, "gradiometer"):
+        for step in range(2):
+            bench.put_beside(step, element_t_sq=sketch(), **sketches)
+        (batch,) = bench.packed()
+        bench.packed()
+    assert list(batch.steps) == [0, 1]
+    assert [one.statistic for one in batch.histograms] == ["element_t_sq"] * 6
+    assert bench.packer.dropped == 0
+    assert len(caplog.records) == 1
+    assert message in caplog.text
+
+
+class Hostile:
+    def __getitem__(self, row: int) -> object:
+        raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize("ids", [["a"], Hostile(), 7], ids=["too few", "raising", "no sequence"])
+def test_ids_that_can_not_be_read_give_way_to_rows_and_are_said_once(
+    ids: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench()
+    with caplog.at_level(logging.WARNING, "gradiometer"):
+        for step in range(2):
+            bench.put_beside(step, found=outliers(np.array([1.0, 4.0]), 2), ids=ids)
+        (batch,) = bench.packed()
+        bench.packed()
+    assert [one.example_id for one in batch.examples] == ["1", "0"] * 2
+    assert len(caplog.records) == 1
+    assert "ids of examples were left out, their rows stand for them" in caplog.text
+
+
+def test_examples_that_are_none_are_left_out_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    with caplog.at_level(logging.WARNING, "gradiometer"):
+        bench.put_beside(0, found=Outliers(np.array(["x"]), np.array([1.0])))
+        (batch,) = bench.packed()
+        bench.packed()
+    assert list(batch.steps) == [0]
+    assert not batch.examples
+    assert "examples that stand out were left out: invalid literal" in caplog.text
+
+
+def test_in_another_unit_columns_travel_as_they_are_and_all_else_in_true_values() -> None:
+    bench = Bench()
+    squares = np.array([1.0, 2.0, 3.0])
+    scalars = {"unit_exponent": np.array(60), "norm_max": 3.0, "parallel_variance": 5.0, "grad_norm": 7.0, "loss": 0.5}
+    sketches = {"example_norm": sketch(), "element_t_sq": sketch()}
+    bench.slots.put(4, 0, scalars, 8, {"mean_sq_norm": squares}, sketches, outliers(squares, 1))
+    bench.put_rows(5, norm_max=3.0)
+    (batch,) = bench.packed()
+    found = scalar_arrays(batch)
+    np.testing.assert_array_equal(found["unit_exponent"], [60.0, np.nan])
+    np.testing.assert_array_equal(found["norm_max"], [3.0 * 2.0**60, 3.0])
+    np.testing.assert_array_equal(found["parallel_variance"], [5.0 * 2.0**120, np.nan])
+    np.testing.assert_array_equal(found["grad_norm"], [7.0, np.nan])
+    assert np.frombuffer(batch.columns["mean_sq_norm"], COLUMN_DTYPE)[:3].tolist() == squares.tolist()
+    np.testing.assert_array_equal(column_arrays(batch)["mean_sq_norm"][0], squares * 2.0**120)
+    assert batch.examples[0].sq_norm == 3.0 * 2.0**120
+    plain = {one.statistic: one for one in pack_histograms("example_norm", sketch(), 0)}
+    assert batch.histograms[2].statistic == "example_norm"
+    shifted = [index - 8 * 60 for index in batch.histograms[2].positive_index]
+    assert shifted == list(plain["example_norm"].positive_index)
+    assert batch.histograms[3] == pack_histograms("element_t_sq", sketch(), 0)[0]
+
+
+def test_the_plain_unit_is_not_sent() -> None:
+    bench = Bench()
+    bench.put_rows(0, unit_exponent=0.0)
+    bench.put_rows(1, unit_exponent=math.nan)
+    (batch,) = bench.packed()
+    assert set(batch.scalars) == {"dropped_steps"}
+
+
+def test_a_measurement_that_can_not_be_read_leaves_nothing_to_the_next() -> None:
+    bench = Bench()
+    bench.put(0, 8, {"mean_sq_norm": np.ones(3), "variance_trace": np.ones(4)})
+    bench.put(1, 8, {"variance_trace": np.ones(3)})
+    bench.put(2, 8, {"mean_sq_norm": np.ones(3)})
+    (batch,) = bench.packed()
+    np.testing.assert_array_equal(column_arrays(batch)["mean_sq_norm"], [[np.nan] * 3, [1.0] * 3])

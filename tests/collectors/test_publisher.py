@@ -18,6 +18,8 @@ from gradiometer.protos import run_pb2
 from gradiometer.protos.columns import column_arrays, scalar_arrays
 from gradiometer.protos.run_pb2 import Run
 from gradiometer.stats_core import Summary, selection
+from gradiometer.stats_core.examples import outliers
+from gradiometer.stats_core.histogram import sketch_rows
 from tests.fake_ingest import IngestServer, eventually, layers, spools
 
 NAMES = selection.columns("default")
@@ -100,6 +102,60 @@ def test_memory_that_was_handed_over_may_be_used_again(server: IngestServer) -> 
         columns["mean_sq_norm"][:] = 9.0
     found = [column_arrays(batch)["mean_sq_norm"] for batch in server.batches("a")]
     np.testing.assert_array_equal(np.concatenate(found), np.ones((2, 2)))
+
+
+def test_distributions_and_single_examples_arrive(server: IngestServer) -> None:
+    sketches = {"example_norm": sketch_rows(np.array([[1.0, 2.0], [4.0, 4.0]], np.float32))}
+    found = outliers(np.array([1.0, 9.0], np.float32), 2)
+    with Publisher("a", server.endpoint, params=layers(), config={"statistics": ["default", "outliers"]}) as publisher:
+        whole = summary(1.5)._replace(scalars={"norm_max": np.array(3.0)}, sketches=sketches, outliers=found)
+        publisher.record(0, whole, ids=["cat", "dog"], loss=0.5)
+        given = {"norm_max": 3.0}
+        publisher.record_rows(1, rows(2.5), given, 77, sketches=sketches, outliers=found)
+    assert server.runs["a"].tier == "default,outliers"
+    assert server.steps("a") == [0, 1]
+    histograms = [one for batch in server.batches("a") for one in batch.histograms]
+    assert [one.layer for one in histograms] == [0, 1, 0, 1]
+    assert [list(one.positive_index) for one in histograms] == [[0, 8], [16]] * 2
+    examples = [one for batch in server.batches("a") for one in batch.examples]
+    assert [(one.example_id, one.place, one.sq_norm) for one in examples] == [
+        ("dog", 0, 9.0),
+        ("cat", 1, 1.0),
+        ("1", 0, 9.0),
+        ("0", 1, 1.0),
+    ]
+    norm_max = np.concatenate([scalar_arrays(batch)["norm_max"] for batch in server.batches("a")])
+    np.testing.assert_array_equal(norm_max, [3.0, 3.0])
+
+
+def test_a_selection_is_published_with_its_columns(server: IngestServer) -> None:
+    asked = ["light", "conflicting_share", "example_norm"]
+    names = selection.columns(asked)
+    assert names == (*selection.columns("light"), "conflicting_share")
+    with Publisher("a", server.endpoint, params=layers(), config={"statistics": asked}) as publisher:
+        publisher.record_rows(0, np.ones((len(names), 2), np.float32), {}, 0)
+    assert server.runs["a"].tier == "light,conflicting_share,example_norm"
+    assert set(server.batches("a")[0].columns) == set(names)
+
+
+def test_numbers_of_the_summary_are_copied_and_one_that_is_given_takes_their_place(server: IngestServer) -> None:
+    mine = {"norm_max": np.array(3.0), "norm_median": np.array(1.0)}
+    with Publisher("a", server.endpoint, params=layers()) as publisher:
+        publisher.record(0, summary(1.0)._replace(scalars=mine), norm_median=7.0)
+        mine["norm_max"][...] = 99.0
+    (batch,) = server.batches("a")
+    assert (scalar_arrays(batch)["norm_max"][0], scalar_arrays(batch)["norm_median"][0]) == (3.0, 7.0)
+
+
+def test_distributions_of_jax_are_read_behind_the_step(server: IngestServer) -> None:
+    jax = pytest.importorskip("jax")
+    values = jax.numpy.asarray([[1.0, 2.0], [4.0, 4.0]])
+    sketches, found = jax.jit(lambda v: ({"example_norm": sketch_rows(v)}, outliers(v[0], 1)))(values)
+    with Publisher("a", server.endpoint, params=layers()) as publisher:
+        publisher.record(0, summary(1.0)._replace(sketches=sketches, outliers=found), ids=jax.numpy.asarray([7, 8]))
+    (batch,) = server.batches("a")
+    assert [list(one.positive_count) for one in batch.histograms] == [[1, 1], [2]]
+    assert [one.example_id for one in batch.examples] == ["8"]
 
 
 def test_a_step_that_was_not_measured_leaves_no_trace(server: IngestServer) -> None:
@@ -365,9 +421,9 @@ def test_a_caller_is_told_of_mistakes_at_once(monkeypatch: pytest.MonkeyPatch) -
         ValueError, match="Publisher needs mirror=None in this release, got mirror='wandb'; leave it out"
     ):
         Publisher("a", "off", params=layers(), mirror="wandb")
-    monkeypatch.setattr("gradiometer.collectors.publisher._STEP_BYTES", 100)
+    monkeypatch.setattr("gradiometer.collectors.publisher.MAX_STEP_BYTES", 100)
     with pytest.raises(
-        ValueError, match="Publisher needs steps of at most 100 bytes, got layers=2, columns=15; measure"
+        ValueError, match=rf"Publisher needs steps of at most 100 bytes, got layers=2, columns={len(NAMES)}; measure"
     ):
         Publisher("a", "off", params=layers())
 
@@ -389,7 +445,7 @@ import os, signal, sys
 import numpy as np
 from gradiometer.collectors.publisher import Publisher
 from gradiometer.protos.run_pb2 import Layer
-from gradiometer.stats_core import catalog
+from gradiometer.stats_core import selection
 how, endpoint = sys.argv[1:]
 publisher = Publisher("job", endpoint, params=[Layer(name="w", num_params=1)])
 rows = np.ones((len(selection.columns()), 1), np.float32)

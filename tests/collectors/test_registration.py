@@ -52,7 +52,26 @@ def test_known_facts_have_their_places_and_others_are_kept_as_text() -> None:
     assert run.coverage.num_params_measured == 6
 
 
-@pytest.mark.parametrize("name", ["loss_reduction", "temporal", "unit", "statistics"])
+@pytest.mark.parametrize(
+    ("given", "spelled"),
+    [
+        ("light", "light"),
+        ("default, conflicting_share", "default,conflicting_share"),
+        (["light", "outliers", "light"], "light,outliers"),
+        (("noise_scale",), "noise_scale"),
+    ],
+)
+def test_a_selection_is_registered_as_one_string(given: object, spelled: str) -> None:
+    assert registration("a", layers(), None, {"statistics": given}).tier == spelled
+
+
+@pytest.mark.parametrize("given", ["odd", ["default", "odd"], "default,odd"])
+def test_a_selection_of_what_does_not_exist_is_refused(given: object) -> None:
+    with pytest.raises(ValueError, match=r"needs tiers in \(.+\) or names .*got statistics='odd'; see docs/glossary"):
+        registration("a", layers(), None, {"statistics": given})
+
+
+@pytest.mark.parametrize("name", ["loss_reduction", "temporal", "unit"])
 def test_a_fact_of_a_wrong_value_lists_the_right_ones(name: str) -> None:
     with pytest.raises(
         ValueError, match=rf"Publisher needs config\['{name}'\] in \(.+\), got {name}='odd'; choose one"

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from gradiometer.collectors.slots import Slots
+from gradiometer.stats_core.examples import Outliers
+from gradiometer.stats_core.histogram import sketch_rows
 
 
 def rows(value: float, columns: int = 2, layers: int = 3) -> np.ndarray:
@@ -32,6 +34,23 @@ def test_rows_are_copied_so_that_their_memory_may_be_used_again() -> None:
     found = slots.take()
     assert found is not None
     np.testing.assert_array_equal(slots.rows(found), rows(1.0))
+
+
+def test_what_does_not_fit_into_rows_travels_beside_them_as_it_is() -> None:
+    slots = Slots(2, 3)
+    sketches = {"example_norm": sketch_rows(np.ones((3, 4), np.float32))}
+    found, ids = Outliers(np.array([1]), np.array([4.0])), ["a", "b"]
+    slots.put_rows(0, 0, {}, rows(0), sketches, found, ids)
+    slots.put(1, 0, {}, 8, {}, sketches, found, ids)
+    slots.put(2, 0, {}, 8, {})
+    taken = [slots.take() for _ in range(3)]
+    for one in taken[:2]:
+        assert one is not None
+        assert one.sketches is sketches
+        assert one.outliers is found
+        assert one.ids is ids
+    assert taken[2] is not None
+    assert (taken[2].sketches, taken[2].outliers, taken[2].ids) == (None, None, None)
 
 
 def test_without_a_free_slot_a_step_is_dropped_and_counted() -> None:
@@ -95,6 +114,9 @@ def test_the_number_of_slots_is_bounded_by_memory() -> None:
     assert Slots(15, 1).count == 4096
     assert Slots(15, 1000).count == (16 << 20) // 60_000
     assert Slots(15, 100_000).count == 16
+    assert Slots(15, 1000, beside=1 << 20).count == 16
+    assert Slots(1, 1, beside=(1 << 20) - 4).count == 16
+    assert Slots(1, 1, beside=(1 << 18) - 4).count == 64
 
 
 def test_many_producers_lose_nothing_but_what_is_counted() -> None:

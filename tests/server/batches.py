@@ -123,7 +123,7 @@ def full_batch() -> StepBatch:
         Histogram(
             step_index=1,
             layer=1,
-            statistic="sq_norms",
+            statistic="example_norm",
             schema=-2,
             zero_threshold=1e-9,
             zero_count=3,
