@@ -44,14 +44,25 @@ def noise_sums(moments: Moments) -> NoiseSums:
 
     which is :math:`P = \sum M_2 / (n (n-1))` where all weights are equal; that form is used there, since
     it does not subtract large numbers. The weighted form holds for examples of unequal covariance, as
-    under a token-mean loss.
+    under a token-mean loss. :math:`\sum w_i n_i` is :math:`\|\bar g\|^2 + \sum M_2 / W` under any weights.
 
     Args:
-        moments: of one parameter. ``sq_norms`` and ``weights`` must be those of all ``count`` examples.
+        moments: of one parameter. Where weights differ, ``sq_norms`` and ``weights`` must be those of all ``count``
+            examples.
 
     Returns:
-        Scalars in float64 where the device has it. ``variance_trace``, ``batch_variance`` and
-        ``grad_sq_norm`` are NaN for fewer than two examples, where they do not exist.
+        Scalars in float64 where the device has it. Elsewhere (jax), where gradients are as far from 1 as 1e-18 or
+        1e18, form them from ``moments.in_unit``, and multiply by 4 to its exponent on the host.
+
+    Guarantees:
+        * ``variance_trace`` and ``batch_variance`` of equally weighted examples are never negative.
+        * The sums of several parameters add up to those of all of them as one.
+
+    Edge cases:
+        ==========================  =============================================================
+        fewer than two examples     ``variance_trace``, ``batch_variance``, ``grad_sq_norm``: NaN
+        a NaN or inf gradient       NaN or infinite sums
+        ==========================  =============================================================
 
     Example:
         >>> import numpy as np
