@@ -57,7 +57,10 @@ def weighted_mean(local: jax.Array, weight: jax.Array, axis_name: AxisName) -> j
 
 
 def merged(moments: Moments, axis_name: AxisName) -> Moments:
-    """Moments of the examples of all shards (Chan, Golub and LeVeque); ``sq_norms`` and ``weights`` stay local."""
+    """Moments of the examples of all shards (Chan, Golub and LeVeque); ``sq_norms`` and ``weights`` stay local.
+
+    ``dots`` with a shard's own mean are given up.
+    """
     mean = _psum(moments.mean * _share(moments.weight_sum, axis_name), axis_name)
     deviation = moments.mean - mean
     return moments._replace(
@@ -66,13 +69,19 @@ def merged(moments: Moments, axis_name: AxisName) -> Moments:
         weight_sq_sum=_psum(moments.weight_sq_sum, axis_name),
         mean=mean,
         m2=_psum(moments.m2 + moments.weight_sum * deviation * deviation, axis_name),
+        dots=None,
+        sign_mean=None
+        if moments.sign_mean is None
+        else _psum(moments.sign_mean * _share(moments.weight_sum, axis_name), axis_name),
     )
 
 
 def gathered(moments: Moments, axis_name: AxisName) -> Moments:
-    """Merged Moments with the ``sq_norms`` and ``weights`` of all shards, in the axis' order."""
+    """Merged Moments with the ``sq_norms``, ``weights`` and ``dots`` of all shards, in the axis' order."""
     return moments._replace(
-        sq_norms=_everyones(moments.sq_norms, axis_name), weights=_everyones(moments.weights, axis_name)
+        sq_norms=_everyones(moments.sq_norms, axis_name),
+        weights=_everyones(moments.weights, axis_name),
+        dots=None if moments.dots is None else _everyones(moments.dots, axis_name),
     )
 
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from gradiometer.collectors import jax_axis
 from gradiometer.collectors.jax_layers import leaf_name, leaf_path, measurable
-from gradiometer.collectors.jax_rows import absent_moments, batch_size, rows_of
+from gradiometer.collectors.jax_rows import absent_moments, batch_size, rows_of, with_dots
 from gradiometer.stats_core import Moments
 from gradiometer.stats_core.arrays import positive_or_one, widened
 from gradiometer.stats_core.errors import UnsupportedModel
@@ -34,6 +34,8 @@ class Options:
     loss_reduction: str
     microbatch_size: int | None
     axis_name: jax_axis.AxisName | None
+    dots: bool = False
+    sign_mean: bool = False
 
 
 class Results(NamedTuple):
@@ -119,18 +121,21 @@ class Call:
             loss, aux = self._loss(leaves, given, rows=1)
             return loss.reshape(()), aux
 
-        losses, rows_aux, moments = rows_of(
-            row_loss, leaves, columns, weights, options.microbatch_size, options.axis_name
+        rows = rows_of(
+            row_loss, leaves, columns, weights, options.microbatch_size, options.axis_name, sign_mean=options.sign_mean
         )
+        losses, moments = rows.losses, rows.moments
         value = self._mean(losses)
         if options.axis_name is not None:
             value = jax_axis.weighted_mean(value, moments[0].weight_sum, options.axis_name)
             moments = [jax_axis.merged(m, options.axis_name) for m in moments]
+        if options.dots:
+            moments = with_dots(moments, rows)
         grads = [m.mean for m in moments]
         if options.loss_reduction == "sum":
             value = value * moments[0].weight_sum.astype(value.dtype)
             grads = [grad * m.weight_sum for grad, m in zip(grads, moments, strict=True)]
-        return self._finish(Results(value.astype(losses.dtype), self._aux(rows_aux), grads, moments))
+        return self._finish(Results(value.astype(losses.dtype), self._aux(rows.aux), grads, moments))
 
     def plain(self) -> Results:
         """As without us, with Moments of no examples."""
@@ -144,7 +149,9 @@ class Call:
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(leaves)
         if options.axis_name is not None:
             value, *grads = (self._over_axis(array, options.axis_name) for array in (value, *grads))
-        return self._finish(Results(value, aux, grads, [absent_moments(leaf, self._batch) for leaf in leaves]))
+        has_dots = options.dots and (options.microbatch_size is None or options.microbatch_size >= self._batch)
+        moments = [absent_moments(leaf, self._batch, dots=has_dots, sign_mean=options.sign_mean) for leaf in leaves]
+        return self._finish(Results(value, aux, grads, moments))
 
     def _start(self) -> list[jax.Array]:
         """The trained leaves, as what to differentiate by."""
@@ -240,8 +247,10 @@ class Call:
         axis_name = self._options.axis_name
         if axis_name is None:
             return results._replace(grads=grads)
-        local = [jax_axis.varying((m.sq_norms, m.weights), axis_name) for m in results.moments]
-        moments = [m._replace(sq_norms=n, weights=a) for m, (n, a) in zip(results.moments, local, strict=True)]
+        local = [jax_axis.varying((m.sq_norms, m.weights, m.dots), axis_name) for m in results.moments]
+        moments = [
+            m._replace(sq_norms=n, weights=a, dots=d) for m, (n, a, d) in zip(results.moments, local, strict=True)
+        ]
         return Results(results.value, jax_axis.varying(results.aux, axis_name), grads, moments)
 
 

@@ -22,8 +22,8 @@ from gradiometer.collectors.jax_axis import AxisName
 from gradiometer.collectors.jax_call import REDUCTIONS, Call, Options
 from gradiometer.collectors.jax_layers import leaf_name
 from gradiometer.protos.run_pb2 import Coverage
-from gradiometer.stats_core import selection
 from gradiometer.stats_core.errors import UnsupportedModel
+from gradiometer.stats_core.selection import Selection, Statistics
 
 __all__ = ["ValueAndGrad", "value_and_grad"]
 
@@ -45,7 +45,7 @@ def value_and_grad(
     microbatch_size: int | None = None,
     axis_name: AxisName | None = None,
     unit: Literal["example"] = "example",
-    statistics: selection.Statistics = "default",
+    statistics: Statistics = "default",
     engine: Literal["auto", "vmap", "microbatch"] = "auto",
 ) -> "ValueAndGrad":
     r"""`jax.value_and_grad`, with the Moments of the per-example gradients as one more result.
@@ -78,7 +78,9 @@ def value_and_grad(
         axis_name: mapped axis (or axes) that the batch is split over. Value, gradient and moments are then
             those of all shards; ``sq_norms``, ``weights`` and aux stay this shard's.
         unit: what an example is; "example", a row.
-        statistics: "light" or "default"; this engine's moments are the same for both.
+        statistics: a tier, names of the catalogue, or both, as `gradiometer.stats_core.selection`: ``dots`` and
+            ``sign_mean`` are computed only where it needs them. With ``microbatch_size`` there are no ``dots``:
+            the mean is known too late.
         engine: "vmap", all rows at once; "microbatch", ``microbatch_size`` at a time; "auto" is either.
 
     Returns:
@@ -115,7 +117,6 @@ def value_and_grad(
         loss_reduction=(loss_reduction, REDUCTIONS),
         engine=(engine, _ENGINES),
         unit=(unit, ("example",)),
-        statistics=(statistics, ("light", "default")),
         segments_argnum=(segments_argnum, (None,)),
     )
     if microbatch_size is not None and microbatch_size < 1:
@@ -128,6 +129,7 @@ def value_and_grad(
             f"value_and_grad needs microbatch_size with engine='microbatch' and with no other, got engine={engine!r}, "
             f"microbatch_size={microbatch_size}; leave engine at 'auto'"
         )
+    wanted = Selection.of(statistics)
     options = Options(
         argnums=_positions(argnums),
         one_argnum=isinstance(argnums, int),
@@ -138,6 +140,8 @@ def value_and_grad(
         loss_reduction=loss_reduction,
         microbatch_size=microbatch_size,
         axis_name=axis_name,
+        dots="dots" in wanted.ingredients,
+        sign_mean="sign_mean" in wanted.ingredients,
     )
     used = [*options.argnums, *options.batch_argnums, *options.rng_argnums, *_positions(weights_argnum)]
     if not options.argnums or not options.batch_argnums or len(set(used)) != len(used) or min(used) < 0:

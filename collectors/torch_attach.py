@@ -17,12 +17,12 @@ from gradiometer.collectors.torch_measure import StepMeasurer
 from gradiometer.collectors.torch_memory import OwnMemory
 from gradiometer.collectors.torch_reporter import Reporter
 from gradiometer.collectors.torch_rules import Plan, batch_norms, couples, plan_model
-from gradiometer.collectors.torch_state import OptimizerState, is_maxva
+from gradiometer.collectors.torch_state import AdamState, OptimizerState, is_adam, is_maxva, never_adaptive_warning
 from gradiometer.collectors.torch_steps import Settings, attached
 from gradiometer.protos import run_pb2
 from gradiometer.protos.run_pb2 import LossNormalization, Run, World
-from gradiometer.stats_core import selection
 from gradiometer.stats_core.errors import UnsupportedModel
+from gradiometer.stats_core.selection import Selection, Statistics
 from gradiometer.stats_core.source import TakesMoments
 
 __all__ = ["attach"]
@@ -37,7 +37,6 @@ _TAKEN: dict[str, tuple[Any, ...]] = {
     "mirror": (None,),
     "gradient": ("auto", "observe"),
     "loss_reduction": get_args(LossReduction),
-    "statistics": ("light", "default"),
     "temporal": ("auto", None),
 }
 _REDUCTIONS = {
@@ -59,7 +58,7 @@ def attach(
     unit: Literal["example", "token"] = "example",
     loss_reduction: LossReduction = "mean",
     batch_dim: int = 0,
-    statistics: selection.Statistics = "default",
+    statistics: Statistics = "default",
     temporal: Literal["auto"] | None = "auto",
     engine: Literal["auto", "fast", "opacus", "functional"] = "auto",
     mirror: str | None = None,
@@ -91,7 +90,8 @@ def attach(
             :math:`L = \sum a_i \ell_i / \sum a_i` over the whole step, with the weights given by
             ``collector.batch(weights=a)``.
         batch_dim: 0: the batch is the leading axis of what the model is given and returns.
-        statistics: ``"light"`` or ``"default"``, the tiers of the catalogue.
+        statistics: ``"light"``, ``"default"`` or ``"full"``, the tiers of the catalogue; or names of its statistics,
+            or both: ``["default", "conflicting_share"]``. No more is computed than they need.
         temporal: ``"auto"``: MaxVA's moments are the optimizer's own, or else kept here (three copies of the
             parameters, and one of the last gradient); None: absent, with the step-to-step variance.
         engine: ``"opacus"``: Opacus's per-layer samplers (``"auto"`` is that in this release).
@@ -123,7 +123,6 @@ def attach(
         "mirror": mirror,
         "gradient": gradient,
         "loss_reduction": loss_reduction,
-        "statistics": statistics,
         "temporal": temporal,
     }
     for name, value in given.items():
@@ -141,7 +140,8 @@ def attach(
     Cadence(every, budget)
     _check_model(model)
     _check_optimizer(model, optimizer, every)
-    settings = Settings(every, budget, accumulation, loss_reduction)
+    wanted = Selection.of(statistics)
+    settings = Settings(every, budget, accumulation, loss_reduction, wanted.ingredients)
     plan = plan_model(model)
     if len(plan.refused) == len(plan.names):
         reasons = "; ".join(f"{plan.names[parameter]}: {reason}" for parameter, reason in [*plan.refused.items()][:3])
@@ -149,9 +149,9 @@ def attach(
             f"attach needs a trained parameter in a layer with a sampler, got parameters={len(plan.names)} of which "
             f"none has ({reasons or 'all are frozen'}); train one in a layer such as Linear, Conv2d or Embedding"
         )
-    reads_optimizer = temporal == "auto" and is_maxva(optimizer)
+    reads_optimizer = temporal == "auto" and "temporal" in wanted.ingredients and is_maxva(optimizer)
     message = _describe(
-        model, optimizer, plan, run, statistics, loss_reduction,
+        model, optimizer, plan, run, wanted, loss_reduction,
         temporal="" if temporal is None else ("optimizer" if reads_optimizer else "collector"),
     )  # fmt: skip
     device = next(iter(plan.names)).device
@@ -161,10 +161,13 @@ def attach(
         optimizer,
         plan,
         reporter,
-        tier=statistics,
-        own=None if temporal is None else OwnMemory(plan.names, maxva=not reads_optimizer),
+        wanted=wanted,
+        own=None if temporal is None else OwnMemory(plan.names, wanted, maxva=not reads_optimizer),
         optimizer_state=OptimizerState(optimizer) if reads_optimizer and optimizer is not None else None,
+        adam=AdamState(optimizer) if "adam" in wanted.ingredients and is_adam(optimizer) else None,
     )
+    if (warning := never_adaptive_warning(optimizer)) is not None:
+        _log.warning("%s", warning)
     collector = TorchCollector(model, optimizer, plan, settings, measurer, reporter)
     if is_disabled(os.environ):
         _log.info("GRADIOMETER_DISABLE is set: nothing is measured or published")
@@ -236,7 +239,7 @@ def _describe(
     optimizer: torch.optim.Optimizer | None,
     plan: Plan,
     run: str | None,
-    statistics: selection.Statistics,
+    wanted: Selection,
     loss_reduction: LossReduction,
     *,
     temporal: str,
@@ -259,7 +262,7 @@ def _describe(
             world=World(size=1, framework="torch", framework_version=torch.__version__, device=str(covered[0].device)),
             coverage=coverage_of(model, plan.names, plan.refused),
             unit="example",
-            tier=statistics,
+            tier=wanted.spelled,
             engine="opacus",
             optimizer="" if optimizer is None else type(optimizer).__name__,
             temporal=temporal,

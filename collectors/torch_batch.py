@@ -1,6 +1,6 @@
 """One optimizer step's Moments, from the passes it is made of."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,7 @@ class LogicalBatch:
         self.missing: dict[nn.Parameter, str] = {}
         self.passes = 0
         self.examples = 0
+        self._ids: list[Sequence[Any] | None] = []
 
     @property
     def loss_scale(self) -> Any:
@@ -46,6 +47,14 @@ class LogicalBatch:
     def loss_scale(self, value: Any) -> None:
         self._loss_scale = value
         self._final.clear()
+
+    @property
+    def ids(self) -> Sequence[Any] | None:
+        """The user's own ids of the examples, in the order of the passes; None where a pass had none."""
+        if len(self._ids) == 1:
+            return self._ids[0]
+        parts = [ids for ids in self._ids if ids is not None]
+        return None if len(parts) < len(self._ids) else [one for ids in parts for one in ids]
 
     def add(self, done: Pass) -> None:
         """Merge one pass. A parameter that one pass has not measured is not measured in this step."""
@@ -62,6 +71,7 @@ class LogicalBatch:
                     self._raw[parameter] = self._raw[parameter].merge(_reweighted(new, share))
         self.missing = {**done.missing, **self.missing}
         self.passes += 1
+        self._ids.append(done.ids)
         self.examples += done.batch
         self._final.clear()
 

@@ -54,7 +54,8 @@ class TorchCollector(StepFollower):
         r"""Say more about the batch whose forward pass runs inside.
 
         Args:
-            ids: the user's own ids of the examples, one a row. This release only checks their number.
+            ids: the user's own ids of the examples, one a row: outliers are published under them, where they are
+                asked for (``statistics=[..., "outliers"]``).
             weights: raw weights :math:`a_i` of the examples, shape ``(batch,)``: the loss of the whole step is
                 :math:`\sum_i a_i \ell_i / \sum_i a_i`. Needs ``loss_reduction="weighted"``.
             segments: of packed rows, for a later release.

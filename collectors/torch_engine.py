@@ -11,7 +11,7 @@ Moments leave the engine in *pass units*: gradients of the pass's own loss with 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -62,6 +62,7 @@ class Pass:
         batch: examples.
         measured: False where it is only counted.
         weights: raw weights of the examples, shape ``(batch,)``, or None.
+        ids: the user's own ids of the examples, or None.
         inputs: address and shape of the tensors that the model was given.
         calls: of modules with a sampler, in order.
         last_output: of the last of them; kept during the forward pass only.
@@ -74,6 +75,7 @@ class Pass:
     batch: int
     measured: bool
     weights: Tensor | None = None
+    ids: Sequence[Any] | None = None
     inputs: frozenset[tuple[int, torch.Size]] = frozenset()
     calls: list[Call] = field(default_factory=list)
     last_output: Tensor | None = None
@@ -113,6 +115,7 @@ class Engine:
     Args:
         plan: what can be measured.
         loss_reduction: what the loss does with the examples of a pass.
+        ingredients: what the statistics need; of it "dots" and "sign_mean" are computed only if they are in it.
         verifier: checks axes and sums at first sight.
         on_start: called with each pass when its backward pass begins, before any of its gradients is there.
         on_done: called with each pass when its backward pass is over.
@@ -125,6 +128,7 @@ class Engine:
         plan: Plan,
         *,
         loss_reduction: LossReduction,
+        ingredients: frozenset[str] = frozenset(),
         verifier: Verifier,
         on_start: Callable[[Pass], None],
         on_done: Callable[[Pass], None],
@@ -133,6 +137,7 @@ class Engine:
     ) -> None:
         self._plan = plan
         self._loss_reduction = loss_reduction
+        self._ingredients = ingredients
         self._verifier = verifier
         self._on_start = on_start
         self._on_done = on_done
@@ -306,7 +311,7 @@ class Engine:
         if done._left[parameter] > 0:
             done._partial[parameter] = total
         else:
-            done.moments[parameter] = moments_of(total, done.weights)
+            done.moments[parameter] = moments_of(total, done.weights, self._ingredients)
 
     def _finished(self, done: Pass) -> None:
         """End of the backward pass: what is still open never got a gradient, and adds nothing."""
@@ -324,7 +329,7 @@ class Engine:
     def _complete(self, done: Pass) -> None:
         for parameter, samples in done._partial.items():
             if parameter not in done.missing:
-                done.moments[parameter] = moments_of(samples, done.weights)
+                done.moments[parameter] = moments_of(samples, done.weights, self._ingredients)
         done._partial.clear()
         done.calls.clear()
         for parameter in self._plan.names:
@@ -347,18 +352,31 @@ _TILE = 1 << 18
 _NO_CALL = Call(nn.Identity(), None, 0, torch.Size())
 
 
-def moments_of(samples: Tensor, weights: Tensor | None) -> Moments:
+def moments_of(samples: Tensor, weights: Tensor | None, ingredients: frozenset[str] = frozenset()) -> Moments:
     """Moments of per-example gradients; of large ones on a CPU in tiles, whose temporaries stay in its cache."""
+    on_request = {"dots": "dots" in ingredients, "sign_mean": "sign_mean" in ingredients}
     batch = samples.shape[0]
     if samples.is_cuda or samples.numel() < 2 * _TILE:
-        return Moments.from_per_example(samples, weights)
+        return Moments.from_per_example(samples, weights, **on_request)
     shape, flat = samples.shape[1:], samples.reshape(batch, -1)
     width = _TILE // batch + 1
-    tiles = [Moments.from_per_example(flat[:, at : at + width], weights) for at in range(0, flat.shape[1], width)]
+    tiles = [
+        Moments.from_per_example(flat[:, at : at + width], weights, **on_request)
+        for at in range(0, flat.shape[1], width)
+    ]
+
+    def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+        return None if parts[0] is None else torch.cat([part for part in parts if part is not None]).reshape(shape)
+
+    def added(parts: Sequence[Tensor | None]) -> Tensor | None:
+        return None if parts[0] is None else torch.stack([part for part in parts if part is not None]).sum(0)
+
     return tiles[0]._replace(
-        mean=torch.cat([tile.mean for tile in tiles]).reshape(shape),
-        m2=torch.cat([tile.m2 for tile in tiles]).reshape(shape),
-        sq_norms=torch.stack([tile.sq_norms for tile in tiles]).sum(0),
+        mean=joined([tile.mean for tile in tiles]),
+        m2=joined([tile.m2 for tile in tiles]),
+        sq_norms=added([tile.sq_norms for tile in tiles]),
+        dots=added([tile.dots for tile in tiles]),
+        sign_mean=joined([tile.sign_mean for tile in tiles]),
     )
 
 

@@ -1,24 +1,28 @@
 """One measured step's numbers, formed on the device just before the optimizer changes anything."""
 
+import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradiometer.collectors.torch_batch import LogicalBatch
-from gradiometer.collectors.torch_handover import StepNumbers, step_numbers
+from gradiometer.collectors.torch_handover import StepNumbers
 from gradiometer.collectors.torch_layers import LayerParameters, coverage_of, layers_of
 from gradiometer.collectors.torch_memory import OwnMemory
 from gradiometer.collectors.torch_reporter import Reporter
 from gradiometer.collectors.torch_rules import Plan
-from gradiometer.collectors.torch_state import OptimizerState
-from gradiometer.stats_core import maxva, selection
+from gradiometer.collectors.torch_state import AdamState, OptimizerState
+from gradiometer.stats_core import maxva
 from gradiometer.stats_core.arrays import Array, square_sum, widened
+from gradiometer.stats_core.elements import t_squares
+from gradiometer.stats_core.histogram import Sketch, sketch_fixed
 from gradiometer.stats_core.moments import Moments
-from gradiometer.stats_core.summary import parameter_sums
+from gradiometer.stats_core.selection import Selection
+from gradiometer.stats_core.summary import Part, Summary, batch_sums, summarized
 
 __all__ = ["StepMeasurer"]
 
@@ -31,9 +35,10 @@ class StepMeasurer:
         optimizer: its optimizer, or None.
         plan: what can be measured.
         reporter: where the run is registered.
-        tier: tier of the statistics.
+        wanted: what is measured.
         own: the collector's own memory through time, or None where none is kept.
         optimizer_state: reader of the optimizer's MaxVA state, or None.
+        adam: reader of the state of an optimizer of Adam's family, or None where it is not asked for.
     """
 
     def __init__(
@@ -43,17 +48,19 @@ class StepMeasurer:
         plan: Plan,
         reporter: Reporter,
         *,
-        tier: selection.Statistics,
+        wanted: Selection,
         own: OwnMemory | None,
         optimizer_state: OptimizerState | None,
+        adam: AdamState | None,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._plan = plan
         self._reporter = reporter
-        self._names = selection.columns(tier)
+        self._wanted = wanted
         self._own = own
         self._optimizer_state = optimizer_state
+        self._adam = adam
         self._layers: list[LayerParameters] = []
         self._uncovered: set[str] = set()
         self._last_step: int | None = None
@@ -73,15 +80,14 @@ class StepMeasurer:
             return None
         moments = batch.all()
         self._register(batch, moments)
-        sums = {parameter: parameter_sums(its_moments) for parameter, its_moments in moments.items()}
-        if not skipped:
-            self._add_through_time(moments, sums, with_optimizer=with_optimizer)
-        numbers = step_numbers(step, time.time_ns(), self._layers, self._names, moments, sums)
-        numbers.scalars.update(self._scalars(batch, moments, skipped=skipped))
+        summary, measured = self._summary(moments, is_past=not skipped, with_optimizer=with_optimizer)
+        scalars = self._scalars(batch, moments, skipped=skipped)
+        if self._adam is not None and with_optimizer and not skipped:
+            scalars.update(self._adam.radam_scalars())
         if self._last_step is not None:
-            numbers.scalars["clock_steps"] = step - self._last_step
+            scalars["clock_steps"] = step - self._last_step
         self._last_step = step
-        return numbers
+        return StepNumbers(step, time.time_ns(), summary, measured, scalars, batch.ids)
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept through time."""
@@ -94,20 +100,59 @@ class StepMeasurer:
             self._own.load_state_dict(state)
         self._last_step = state["last_step"]
 
-    def _add_through_time(
+    def _summary(
+        self, moments: Mapping[nn.Parameter, Moments], *, is_past: bool, with_optimizer: bool
+    ) -> tuple[Summary, list[int]]:
+        """The step's summary of the layers that were measured whole, and their places in the run.
+
+        Args:
+            moments: of the step.
+            is_past: True where the step belongs to what is kept through time.
+            with_optimizer: True where the optimizer's state is still that of the step before.
+        """
+        places = [at for at, layer in enumerate(self._layers) if all(p in moments for p in layer.parameters)]
+        layers = [self._layers[at].parameters for at in places]
+        in_order = list(dict.fromkeys([*itertools.chain(*layers), *moments]))
+        if not in_order:
+            return Summary(0, {}), []
+        of_batch = batch_sums([moments[parameter] for parameter in in_order], self._wanted)
+        added = self._through_time(moments, in_order, of_batch, with_optimizer=with_optimizer) if is_past else {}
+        parts = [[self._part(p, moments[p], *added.get(p, ({}, {}))) for p in parameters] for parameters in layers]
+        if not parts:
+            return Summary(0, {}), []
+        first = {name: values[: sum(map(len, layers))] for name, values in of_batch.items()}
+        return summarized(parts, first, self._wanted), places
+
+    def _through_time(
         self,
         moments: Mapping[nn.Parameter, Moments],
-        sums: dict[nn.Parameter, dict[str, Array]],
+        in_order: Sequence[nn.Parameter],
+        of_batch: Mapping[str, Array],
         *,
         with_optimizer: bool,
-    ) -> None:
-        if self._own is not None:
-            for parameter, its_moments in moments.items():
-                sums[parameter].update(self._own.feed(parameter, its_moments, sums[parameter]))
+    ) -> dict[nn.Parameter, tuple[dict[str, Array], dict[str, Sketch]]]:
+        """What earlier steps and the optimizer's state have to say: sums and sketches by parameter."""
+        seen = None
         if self._optimizer_state is not None and with_optimizer:
-            for parameter, found in self._optimizer_state.sums(moments).items():
-                if parameter in sums:
-                    sums[parameter].update(found)
+            seen = self._optimizer_state.reading(moments)
+        added: dict[nn.Parameter, tuple[dict[str, Array], dict[str, Sketch]]] = {}
+        if self._own is not None:
+            for at, parameter in enumerate(in_order):
+                its_batch = {name: of_batch[name][at] for name in ("batch_variance", "mean_sq_norm")}
+                rule = None if seen is None else seen(parameter)
+                added[parameter] = self._own.feed(parameter, moments[parameter], its_batch, rule)
+        if self._adam is not None and with_optimizer:
+            for parameter, sums in self._adam.sums(moments).items():
+                added.setdefault(parameter, ({}, {}))[0].update(sums)
+        return added
+
+    def _part(
+        self, parameter: nn.Parameter, moments: Moments, sums: dict[str, Array], sketches: dict[str, Sketch]
+    ) -> Part:
+        """A parameter's share of its layer."""
+        if "element_t_sq" in self._wanted.sketches:
+            sketches["element_t_sq"] = sketch_fixed(t_squares(moments))
+        return Part(moments, parameter.numel(), sums, sketches)
 
     def _scalars(
         self, batch: LogicalBatch, moments: Mapping[nn.Parameter, Moments], *, skipped: bool
@@ -146,5 +191,5 @@ class StepMeasurer:
             run.coverage.CopyFrom(coverage_of(self._model, self._plan.names, missing))
             run.loss.accumulation = batch.passes
             run.config["batch_size"] = str(batch.examples)
-            self._reporter.open(len(self._names) * len(self._layers))
+            self._reporter.open(self._wanted)
         self._uncovered = uncovered

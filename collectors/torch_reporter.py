@@ -16,6 +16,7 @@ from gradiometer.protos.batch_pb2 import StepBatch
 from gradiometer.protos.checks import check_batch
 from gradiometer.protos.run_pb2 import Run
 from gradiometer.stats_core.errors import PeerFault
+from gradiometer.stats_core.selection import Selection
 
 __all__ = ["Reporter"]
 
@@ -63,13 +64,14 @@ class Reporter:
         copies = 0 if self._rows is None else self._rows.dropped
         return copies + (0 if self._publisher is None else self._publisher.dropped)
 
-    def open(self, cells: int) -> None:
+    def open(self, wanted: Selection) -> None:
         """Register the run as ``run`` now says.
 
         Args:
-            cells: columns times layers of a step.
+            wanted: what a step's summary holds.
         """
-        self._rows = HostRows(cells, self._device)
+        layers, sketches = len(self.run.layers), len(wanted.sketches)
+        self._rows = HostRows(wanted.columns, layers, self._device, sketches=sketches)
         self._publisher = Publisher.open(self.run, self._endpoint)
         # After the publisher's own, so that it runs before it: the last step is still to be handed over.
         atexit.register(self.close)
@@ -139,7 +141,15 @@ class Reporter:
         if closed is not None:
             self._rows.send(closed)
         for arrived in self._rows.arrived(wait=wait):
-            self._publisher.record_rows(arrived.step, arrived.rows, arrived.scalars, arrived.unix_nanos)
+            self._publisher.record_rows(
+                arrived.step,
+                arrived.rows,
+                arrived.scalars,
+                arrived.unix_nanos,
+                sketches=arrived.sketches,
+                outliers=arrived.outliers,
+                ids=arrived.ids,
+            )
 
     def close(self) -> None:
         """Hand over what is left and close the publisher."""

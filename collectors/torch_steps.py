@@ -44,6 +44,7 @@ class Settings:
     budget: float = 0.03
     accumulation: int = 1
     loss_reduction: LossReduction = "mean"
+    ingredients: frozenset[str] = frozenset()
 
 
 class StepFollower:
@@ -77,6 +78,7 @@ class StepFollower:
         self._engine = Engine(
             plan,
             loss_reduction=settings.loss_reduction,
+            ingredients=settings.ingredients,
             verifier=FirstSight(plan, settings.loss_reduction),
             on_start=self._backward_begins,
             on_done=self._backward_done,
@@ -241,6 +243,7 @@ class StepFollower:
             batch or 0,
             measured=self._is_measured,
             weights=weights if self._is_measured else None,
+            ids=ids if self._is_measured else None,
             inputs=frozenset((tensor.data_ptr(), tensor.shape) for tensor in given)
             if self._is_measured
             else frozenset(),

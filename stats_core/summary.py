@@ -12,13 +12,17 @@ from typing import Any, NamedTuple
 
 from gradiometer.stats_core.arrays import Array, namespace, square_sum, total
 from gradiometer.stats_core.catalog import statistic
+from gradiometer.stats_core.elements import element_limits, element_parts, element_sums_of_parts
 from gradiometer.stats_core.examples import ExampleRows, Outliers, example_columns, outliers
 from gradiometer.stats_core.histogram import Sketch, sketch_rows
 from gradiometer.stats_core.moments import Moments
-from gradiometer.stats_core.noise import NoiseSums, noise_of_parts
+from gradiometer.stats_core.noise import noise_of_parts
 from gradiometer.stats_core.selection import Selection
+from gradiometer.stats_core.signs import sign_sums
 
-__all__ = ["OUTLIERS", "Part", "Summary", "noise_of_parameters", "summarized"]
+__all__ = ["OUTLIERS", "Part", "Summary", "batch_sums", "summarized"]
+
+_OF_ELEMENTS = frozenset(("active_elements", "gsnr_sum", "evidence_sum", "significant_elements"))
 
 OUTLIERS = 8
 """How many of the largest examples a step sends."""
@@ -49,7 +53,7 @@ class Part(NamedTuple):
     Attributes:
         moments: of the step.
         elements: of the parameter.
-        sums: catalogue name → scalar: what is known beside the noise sums, of kind "sum" or "mean".
+        sums: catalogue name → scalar: what is known beside `batch_sums`, of kind "sum" or "mean".
         sketches: catalogue name → counts of its elements, as `gradiometer.stats_core.histogram.sketch_fixed`.
     """
 
@@ -59,33 +63,48 @@ class Part(NamedTuple):
     sketches: Mapping[str, Sketch] = {}
 
 
-def noise_of_parameters(moments: Sequence[Moments]) -> NoiseSums:
-    """The noise sums of all parameters of a step at once; as `gradiometer.stats_core.noise.noise_sums` of each.
+def batch_sums(moments: Sequence[Moments], wanted: Selection) -> dict[str, Array]:
+    """What the batch itself says of all parameters of a step at once.
+
+    Args:
+        moments: of the parameters, all of one batch.
+        wanted: what was asked for. The noise sums are always there: others are made of them.
 
     Returns:
-        Sums of shape ``(parameters,)``.
+        Catalogue name → shape ``(parameters,)``: the fields of `gradiometer.stats_core.noise.NoiseSums`, and as far as
+        wanted those of `gradiometer.stats_core.elements.element_sums` and `gradiometer.stats_core.signs.sign_sums`.
 
     Example:
         >>> import numpy as np
         >>> moments = [Moments.from_per_example(np.array(g)) for g in ([[1.0], [3.0]], [[0.0], [0.0]])]
-        >>> noise_of_parameters(moments).variance_trace
+        >>> batch_sums(moments, Selection.of("light"))["variance_trace"]
         array([2., 0.])
     """
-    xp = namespace(moments[0].sq_norms)
-    return noise_of_parts(
+    batch = moments[0]
+    xp = namespace(batch.sq_norms)
+    noise = noise_of_parts(
         xp.stack([xp.asarray(square_sum(one.mean)) for one in moments]),
         xp.stack([xp.asarray(total(one.m2)) for one in moments]),
         xp.stack([one.sq_norms for one in moments]),
-        moments[0],
+        batch,
     )
+    found = dict(noise._asdict())
+    if not _OF_ELEMENTS.isdisjoint(wanted.columns):
+        limits = element_limits(batch)
+        parts = xp.stack([element_parts(one.mean, one.m2, limits) for one in moments])
+        found |= element_sums_of_parts(parts, limits)
+    if "sign_mean" in wanted.ingredients and batch.sign_mean is not None:
+        signs = [sign_sums(one) for one in moments]
+        found |= {name: xp.stack([one[name] for one in signs]) for name in signs[0]}
+    return found
 
 
-def summarized(layers: Sequence[Sequence[Part]], noise: NoiseSums, wanted: Selection) -> Summary:
+def summarized(layers: Sequence[Sequence[Part]], of_batch: Mapping[str, Array], wanted: Selection) -> Summary:
     """The numbers of a step, from those of its parameters, added up as the catalogue's ``kind`` says.
 
     Args:
         layers: the parts of each layer, one or more; all of one batch.
-        noise: `noise_of_parameters` of the parts, in their order.
+        of_batch: `batch_sums` of the parts' Moments, in their order.
         wanted: what was asked for.
 
     Returns:
@@ -101,13 +120,13 @@ def summarized(layers: Sequence[Sequence[Part]], noise: NoiseSums, wanted: Selec
         "count": ones * batch.count,
         "effective_count": ones * (batch.weight_sum * batch.weight_sum / batch.weight_sq_sum),
         "nonfinite_examples": xp.sum(xp.astype(~xp.isfinite(sq_norms), sq_norms.dtype), axis=1),
-        **_added_up(layers, noise, wanted),
+        **_added_up(layers, of_batch, wanted),
     }
     scalars: dict[str, Array] = {}
     sketches: dict[str, Sketch] = {}
     names = [name for name in wanted.columns if statistic(name).kind == "example"]
     if names:
-        found = example_columns(_example_rows(layers, noise, sq_norms), names)
+        found = example_columns(_example_rows(layers, of_batch["mean_sq_norm"], sq_norms), names)
         columns |= {name: values[:-1] for name, values in found.items()}
         scalars |= {name: values[-1] for name, values in found.items()}
     for name in wanted.sketches:
@@ -125,18 +144,21 @@ def summarized(layers: Sequence[Sequence[Part]], noise: NoiseSums, wanted: Selec
     )
 
 
-def _added_up(layers: Sequence[Sequence[Part]], noise: NoiseSums, wanted: Selection) -> dict[str, Array]:
+def _added_up(
+    layers: Sequence[Sequence[Part]], of_batch: Mapping[str, Array], wanted: Selection
+) -> dict[str, Array]:
     """The columns that add up over parameters: one table of numbers by parameter, summed over each layer's own."""
     parts = [part for layer in layers for part in layer]
-    xp = namespace(noise.mean_sq_norm)
-    absent = xp.full((len(parts),), float("nan"), dtype=noise.mean_sq_norm.dtype)
+    mean_sq_norm = of_batch["mean_sq_norm"]
+    xp = namespace(mean_sq_norm)
+    absent = xp.full_like(mean_sq_norm, float("nan"))
     rows: dict[str, Array] = {}
     for name in wanted.columns:
         kind = statistic(name).kind
         if kind not in ("sum", "mean"):
             continue
-        if name in NoiseSums._fields:
-            rows[name] = getattr(noise, name)
+        if name in of_batch:
+            rows[name] = xp.astype(of_batch[name], absent.dtype)
         elif any(name in part.sums for part in parts):
             values: list[Any] = []
             for layer in layers:
@@ -153,10 +175,10 @@ def _added_up(layers: Sequence[Sequence[Part]], noise: NoiseSums, wanted: Select
     return {name: summed[place] for place, name in enumerate(rows)}
 
 
-def _example_rows(layers: Sequence[Sequence[Part]], noise: NoiseSums, sq_norms: Array) -> ExampleRows:
+def _example_rows(layers: Sequence[Sequence[Part]], mean_sq_norm: Array, sq_norms: Array) -> ExampleRows:
     """The examples' numbers of every layer, and of the whole model as the last row."""
     xp = namespace(sq_norms)
-    mean_sq_norm = _by_layer(layers, noise.mean_sq_norm[None, :])[0]
+    mean_sq_norm = _by_layer(layers, mean_sq_norm[None, :])[0]
 
     def with_whole(by_layer: Array) -> Array:
         return xp.concat([by_layer, xp.sum(by_layer, axis=0)[None]])

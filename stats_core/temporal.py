@@ -5,13 +5,34 @@ it the number of steps that it rests on. A pair of moments under one fixed coeff
 ratios: MaxVA's over the fixed pair's (inflation), the fixed pair's over that from step to step (drift).
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gradiometer.stats_core import maxva
 from gradiometer.stats_core.arrays import Array, namespace, positive_or_one, square_sum, total, widened
 from gradiometer.stats_core.maxva import TemporalMoments
 
-__all__ = ["FixedMoments", "MaxvaStep", "fixed_sums", "maxva_sums"]
+__all__ = ["FIXED_BETA", "FixedMoments", "MaxvaInput", "MaxvaStep", "fixed_sums", "maxva_sums"]
+
+
+FIXED_BETA = 0.99
+"""The coefficient of the fixed pair: a horizon of 100 steps."""
+
+
+class MaxvaInput(NamedTuple):
+    """What MaxVA's rule is about to take, of one parameter.
+
+    Attributes:
+        before: the state before the gradient.
+        grad: g, shape ``(*param,)``, in the units that the state is in.
+        within: τ², as `maxva.update`.
+        betas: ``beta_max``, ``beta_min``, ``beta_init``, as `maxva.update`.
+    """
+
+    before: TemporalMoments
+    grad: Array
+    within: Array = 0.0
+    betas: Mapping[str, Any] = {}
 
 
 class MaxvaStep(NamedTuple):

@@ -7,7 +7,7 @@ the report and the command line all call `windowed`, `across_layers` and their i
 import functools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from gradiometer.stats_core import intervals
 from gradiometer.stats_core.arrays import Array, namespace
@@ -126,7 +126,8 @@ def interval(
         (1.51, 2.96)
     """
     row = _with_interval(name)
-    return _INTERVALS[row.name](*_by_layer(row, columns, gradient_scale, scalars), level)
+    top, bottom = _by_layer(row, columns, gradient_scale, scalars)
+    return _INTERVALS[row.name](top, bottom, level)
 
 
 def interval_across_layers(
@@ -140,14 +141,19 @@ def interval_across_layers(
 ) -> Interval:
     """The same for the whole model; both ends are floats."""
     row = _with_interval(name)
-    found = _INTERVALS[row.name](*_of_model(row, columns, sizes, gradient_scale, scalars), level)
+    top, bottom = _of_model(row, columns, sizes, gradient_scale, scalars)
+    found = _INTERVALS[row.name](top, bottom, level)
     return Interval(float(found.low[0]), float(found.high[0]))
 
 
-_INTERVALS = {
+def _noise_scale_interval(trace: Array, signal: Array, level: float) -> Interval:
+    return intervals.inverted(intervals.ratio_interval(signal, trace, level))
+
+
+_INTERVALS: Mapping[str, Callable[[Array, Array, float], Interval]] = {
     "batch_snr": intervals.ratio_interval,
     "example_snr": intervals.ratio_interval,
-    "noise_scale": lambda trace, signal, level: intervals.inverted(intervals.ratio_interval(signal, trace, level)),
+    "noise_scale": _noise_scale_interval,
     "variance_ratio": intervals.variance_ratio_interval,
 }
 

@@ -35,7 +35,7 @@ def loss_fn(reduction: str, params: Any, batch: Any, weights: Any) -> jax.Array:
 
 
 def function(case: str, **more: Any) -> Any:
-    options = CASES[case]
+    options = {"statistics": "full", **CASES[case]}
     return gm.value_and_grad(functools.partial(loss_fn, options.get("loss_reduction", "mean")), **(options | more))
 
 
@@ -43,8 +43,9 @@ def arguments(case: str) -> tuple[Any, ...]:
     return PARAMS, (X, Y), {"weights": WEIGHTS, "padding": PADDED}.get(case, np.ones(8, np.float32))
 
 
-def sharded_moments() -> Moments:
-    return Moments(P(), P(), P(), P(), P(), P("data"), P("data"), None, None)
+def sharded_moments(case: str) -> Moments:
+    dots = None if case == "chunks" else P("data")
+    return Moments(P(), P(), P(), P(), P(), P("data"), P("data"), dots, P())
 
 
 def found_in_shard_map(case: str, mesh: Mesh, *, check_vma: bool, measure: bool) -> dict[str, np.ndarray]:
@@ -57,7 +58,7 @@ def found_in_shard_map(case: str, mesh: Mesh, *, check_vma: bool, measure: bool)
         summary, temporal = gm.summarize(moments, temporal, axis_name="data")
         return value, grads, moments, summary, temporal
 
-    replicated_moments = jax.tree.map(lambda _: sharded_moments(), PARAMS)
+    replicated_moments = jax.tree.map(lambda _: sharded_moments(case), PARAMS)
     specs = (P(), P(), P("data"), P("data"), P())
     sharded = jax.jit(
         jax.shard_map(
@@ -75,8 +76,9 @@ def flat(value: Any, grads: Any, moments: Any) -> dict[str, np.ndarray]:
     found = {"value": np.asarray(value)}
     for name, grad, one in (("w", grads["a"]["w"], moments["a"]["w"]), ("b", grads["b"], moments["b"])):
         found[f"grad {name}"] = np.asarray(grad)
-        for field in ("count", "weight_sum", "weight_sq_sum", "mean", "m2", "sq_norms", "weights"):
-            found[f"{field} {name}"] = np.asarray(getattr(one, field))
+        for field, value in one._asdict().items():
+            if value is not None:
+                found[f"{field} {name}"] = np.asarray(value)
     return found
 
 
@@ -88,7 +90,7 @@ def found_in_pmap() -> dict[str, np.ndarray]:
     first = flat(*jax.tree.map(lambda leaf: leaf[0], (value, grads, moments)))
     local = flat(value, grads, moments)
     return {
-        name: local[name].reshape(-1) if name.startswith(("sq_norms", "weights")) else first[name] for name in first
+        name: local[name].reshape(-1) if name.startswith(("sq_norms", "weights", "dots")) else first[name] for name in first
     }
 
 

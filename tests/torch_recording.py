@@ -1,6 +1,7 @@
 """A publisher that keeps what it is handed, for tests of the PyTorch collector."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from gradiometer.collectors import torch_reporter
 from gradiometer.protos.run_pb2 import Run
 from gradiometer.stats_core import selection
+from gradiometer.stats_core.examples import Outliers
+from gradiometer.stats_core.histogram import Sketch
 
 
 class Recorder:
@@ -17,6 +20,8 @@ class Recorder:
         self.run: Run | None = None
         self.steps: dict[int, dict[str, np.ndarray]] = {}
         self.scalars: dict[int, dict[str, float]] = {}
+        self.sketches: dict[int, dict[str, Sketch]] = {}
+        self.outliers: dict[int, tuple[Outliers | None, Sequence[Any] | None]] = {}
         self.events: list[tuple[str, str]] = []
         self.closed = 0
         self.dropped = 0
@@ -27,7 +32,17 @@ class Recorder:
         self.run_id = run.run_id
         return self
 
-    def record_rows(self, step: int, rows: np.ndarray, scalars: Mapping[str, float], unix_nanos: int) -> None:
+    def record_rows(
+        self,
+        step: int,
+        rows: np.ndarray,
+        scalars: Mapping[str, float],
+        unix_nanos: int,
+        *,
+        sketches: Mapping[str, Sketch],
+        outliers: Outliers | None,
+        ids: Sequence[Any] | None,
+    ) -> None:
         assert self.run is not None
         names = selection.columns(self.run.tier)
         assert rows.dtype == np.float32
@@ -37,6 +52,8 @@ class Recorder:
         assert step not in self.steps
         self.steps[step] = dict(zip(names, rows.copy(), strict=True))
         self.scalars[step] = dict(scalars)
+        self.sketches[step] = dict(sketches)
+        self.outliers[step] = (outliers, ids)
 
     def event(self, kind: str, text: str = "") -> None:
         self.events.append((kind, text))

@@ -305,3 +305,27 @@ def test_importing_the_collector_imports_neither_optax_nor_flax() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_directions_and_signs_are_measured_where_a_statistic_needs_them() -> None:
+    rng = np.random.default_rng(0)
+    x, params = rng.standard_normal((6, 4)).astype(np.float32), {"w": np.array([0.5, -1.0, 2.0, 0.1], np.float32)}
+
+    def loss_fn(params: Any, x: Any, weights: Any) -> Any:
+        return jnp.sum(weights * jnp.tanh(x @ params["w"]) ** 2) / jnp.sum(weights)
+
+    weights = np.array([1, 2, 0, 1, 3, 1], np.float32)  # one row is padding
+    rows = np.asarray(jax.vmap(jax.grad(lambda w, row: jnp.tanh(row @ w) ** 2), (None, 0))(params["w"], x), np.float64)
+    share = weights / weights.sum()
+    for measure in (True, jnp.asarray(True)):
+        fn = gm.value_and_grad(loss_fn, weights_argnum=2, statistics=["conflicting_share", "sign_snr"])
+        _, _, moments = jax.jit(fn)(params, x, weights, measure=measure)
+        np.testing.assert_allclose(moments["w"].dots, (rows @ (share @ rows)) * (weights > 0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(moments["w"].sign_mean, share @ np.sign(rows), rtol=1e-6, atol=1e-6)
+    _, _, plain = gm.value_and_grad(loss_fn, weights_argnum=2)(params, x, weights)
+    assert (plain["w"].dots, plain["w"].sign_mean) == (None, None)
+    # By chunks the mean is known too late for the dots; signs merge.
+    fn = gm.value_and_grad(loss_fn, weights_argnum=2, statistics="full", microbatch_size=4)
+    _, _, chunked = jax.jit(fn)(params, x, weights)
+    assert chunked["w"].dots is None
+    np.testing.assert_allclose(chunked["w"].sign_mean, share @ np.sign(rows), rtol=1e-6, atol=1e-6)

@@ -162,6 +162,20 @@ def test_large_parameters_are_reduced_in_tiles_to_the_same_moments(shape: tuple[
     assert tiled._replace(mean=0, m2=0, sq_norms=0, weights=0) == whole._replace(mean=0, m2=0, sq_norms=0, weights=0)
 
 
+@pytest.mark.parametrize("shape", [(5, 300, 400), (4, 3)], ids=str)
+def test_dots_and_signs_are_there_where_they_are_asked_for(shape: tuple[int, ...]) -> None:
+    samples = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    weights = torch.arange(1.0, shape[0] + 1)
+    found = moments_of(samples, weights, frozenset({"dots", "sign_mean"}))
+    share = (weights / weights.sum()).reshape(-1, *([1] * (len(shape) - 1)))
+    mean = (share * samples).sum(0)
+    torch.testing.assert_close(found.dots, (samples * mean).flatten(1).sum(1), check_dtype=False)
+    torch.testing.assert_close(found.sign_mean, (share * samples.sign()).sum(0), check_dtype=False)
+    plain = moments_of(samples, weights)
+    assert plain.dots is None
+    assert plain.sign_mean is None
+
+
 def test_an_input_changed_in_place_after_its_use_is_noticed() -> None:
     class Reuses(nn.Module):
         def __init__(self) -> None:

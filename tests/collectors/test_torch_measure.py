@@ -182,7 +182,7 @@ def test_without_temporal_state_what_needs_it_is_absent_and_never_zero(recorder:
         assert collector.state_dict()["temporal"] == {}
     assert recorder.run.temporal == ""
     for row in catalog.STATISTICS:
-        if row.kind != "ratio" and row.tier == "default":
+        if row.travels and row.tier == "default" and {"previous", "temporal"} & set(row.needs):
             assert np.isnan(recorder.steps[2][row.name]).all()
     assert not np.isnan(recorder.steps[2]["variance_trace"]).any()
 

@@ -11,7 +11,7 @@ from gradiometer.stats_core.histogram import Histogram, sketch_fixed, sketch_row
 from gradiometer.stats_core.moments import Moments
 from gradiometer.stats_core.noise import noise_sums
 from gradiometer.stats_core.selection import Selection
-from gradiometer.stats_core.summary import OUTLIERS, Part, Summary, noise_of_parameters, summarized
+from gradiometer.stats_core.summary import OUTLIERS, Part, Summary, batch_sums, summarized
 from tests.reference import loop_layer
 
 LIGHT = Selection.of("light")
@@ -23,8 +23,7 @@ def summary_of(layers: list[list[object]], wanted: Selection = LIGHT, weights: o
         [Part(Moments.from_per_example(g, weights, dots=True, sign_mean=True), g[0].size) for g in layer]
         for layer in layers
     ]
-    noise = noise_of_parameters([part.moments for layer in parts for part in layer])
-    return summarized(parts, noise, wanted)
+    return summarized(parts, batch_sums([part.moments for layer in parts for part in layer], wanted), wanted)
 
 
 @pytest.mark.parametrize("weights", [None, np.array([1.0, 2.0, 0.5, 3.0, 1.0, 1.0])])
@@ -47,7 +46,7 @@ def test_the_noise_of_many_parameters_is_that_of_each() -> None:
     moments = [m._replace(weights=moments[0].weights, weight_sum=moments[0].weight_sum,
                           weight_sq_sum=moments[0].weight_sq_sum) for m in moments]  # fmt: skip
     for place, each in enumerate(moments):
-        for name, value in noise_of_parameters(moments)._asdict().items():
+        for name, value in batch_sums(moments, LIGHT).items():
             assert value[place] == pytest.approx(getattr(noise_sums(each), name), rel=1e-12), name
 
 
@@ -61,23 +60,23 @@ def test_examples_with_a_nan_anywhere_in_the_layer_are_counted_once() -> None:
 
 def test_a_column_that_no_parameter_has_is_nan_and_never_zero() -> None:
     found = summary_of([[np.ones((3, 2))]], Selection.of("default")).columns
-    assert np.isnan([found["step_variance"][0], found["maxva_beta"][0], found["gsnr_sum"][0]]).all()
+    assert np.isnan([found["step_variance"][0], found["maxva_beta"][0]]).all()
 
 
 def test_a_layer_is_summed_over_all_of_its_parameters_or_over_none() -> None:
     moments = Moments.from_per_example(np.ones((2, 1)))
     layers = [[Part(moments, 1, {"step_variance": np.float64(2.0)}), Part(moments, 1)], [Part(moments, 1)]]
     layers[1][0] = Part(moments, 1, {"step_variance": np.float64(3.0)})
-    found = summarized(layers, noise_of_parameters([moments] * 3), Selection.of(["step_variance"])).columns
+    found = summarized(layers, batch_sums([moments] * 3, LIGHT), Selection.of(["step_variance"])).columns
     assert np.isnan(found["step_variance"][0])
     assert found["step_variance"][1] == 3.0
 
 
 def test_every_column_that_adds_up_does_so_as_its_kind_says() -> None:
     moments = Moments.from_per_example(np.ones((2, 1)))
-    noise = noise_of_parameters([moments] * 2)
+    noise = batch_sums([moments] * 2, LIGHT)
     for row in catalog.WIRE:
-        if row.kind not in ("sum", "mean") or row.name in noise._fields:
+        if row.kind not in ("sum", "mean") or row.name in noise:
             continue
         layer = [Part(moments, 30, {row.name: np.float64(0.5)}), Part(moments, 10, {row.name: np.float64(0.9)})]
         found = summarized([layer], noise, Selection.of([row.name])).columns[row.name][0]
@@ -102,7 +101,7 @@ def test_the_whole_models_examples_are_its_layers_examples_added_up_one_by_one()
 
 def test_without_dots_what_needs_them_is_nan() -> None:
     parts = [[Part(Moments.from_per_example(np.random.default_rng(3).standard_normal((4, 3))), 3)]]
-    found = summarized(parts, noise_of_parameters([parts[0][0].moments]), Selection.of("full"))
+    found = summarized(parts, batch_sums([parts[0][0].moments], LIGHT), Selection.of("full"))
     assert np.isnan(found.columns["conflicting_share"][0])
     assert np.isnan(found.scalars["conflicting_share"])
     assert np.isfinite(found.columns["norm_max"][0])
@@ -115,7 +114,7 @@ def test_sketches_have_a_row_a_layer() -> None:
         [Part(Moments.from_per_example(g), g[0].size, {}, {"element_t_sq": sketch_fixed(g[0] ** 2)}) for g in layer]
         for layer in layers
     ]
-    noise = noise_of_parameters([part.moments for layer in parts for part in layer])
+    noise = batch_sums([part.moments for layer in parts for part in layer], LIGHT)
     found = summarized(parts, noise, Selection.of(["example_norm", "element_t_sq", "element_deviation_ratio"]))
     assert set(found.sketches) == {"example_norm", "element_t_sq"}  # nobody counted the third
     assert [Histogram.from_sketch(found.sketches["element_t_sq"], row).count for row in (0, 1)] == [5, 4]
@@ -139,7 +138,7 @@ def test_numpy_torch_and_jitted_jax_give_the_same_summary() -> None:
 
     def of(values: object) -> Summary:
         moments = Moments.from_per_example(values, dots=True, sign_mean=True)
-        return summarized([[Part(moments, 5)]], noise_of_parameters([moments]), wanted)
+        return summarized([[Part(moments, 5)]], batch_sums([moments], wanted), wanted)
 
     want = of(grads)
     for got in (of(torch.as_tensor(grads)), jax.jit(of)(grads)):
