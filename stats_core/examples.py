@@ -108,7 +108,7 @@ def example_columns(rows: ExampleRows, names: Collection[str]) -> dict[str, Arra
         a gradient of 0 among others         conflicts with nothing; has no direction and no cosine
         :math:`\bar g = 0`                   no direction to lie along: ``parallel_variance`` NaN
         unequal weights                      ``parallel_variance`` can come out below 0: the sign is kept
-        all gradients equal                  no deviation: ``deviation_kurtosis`` NaN, ``parallel_variance`` 0
+        all gradients equal                  no deviation: ``deviation_kurtosis`` NaN
         a product or deviation within the    is 0: two examples that share no element don't conflict by their
         rounding of float32 (2^-19)          rounding; an unresolved cosine is left out
         ===================================  ==================================================================
@@ -225,9 +225,15 @@ def _effective_examples(rows: ExampleRows) -> Array:
     xp = namespace(rows.sq_norms)
     kept = (rows.weights != 0)[None, :] & xp.isfinite(rows.sq_norms)
     sq_norms = xp.where(kept, rows.sq_norms, xp.zeros_like(rows.sq_norms))
-    sq_norms = sq_norms / positive_or_one(xp.max(sq_norms, axis=1, keepdims=True))
+    sq_norms = _in_units(sq_norms, positive_or_one(xp.max(sq_norms, axis=1, keepdims=True)))
     sums = xp.sum(sq_norms, axis=1)
     return xp.where(sums > 0, sums * sums / positive_or_one(xp.sum(sq_norms * sq_norms, axis=1)), xp.nan)
+
+
+def _in_units(values: Array, unit: Array) -> Array:
+    """The quotient, by the root's reciprocal twice: XLA forms reciprocals, and that of 1e38 is no normal float32."""
+    reciprocal = 1.0 / namespace(unit).sqrt(unit)
+    return values * reciprocal * reciprocal
 
 
 class _Directions(NamedTuple):
@@ -267,9 +273,9 @@ def _directions(rows: ExampleRows, dots: Array) -> _Directions:
     unit = xp.max(xp.where(n > xp.abs(d), n, xp.abs(d)), axis=1)
     unit = positive_or_one(xp.where(unit > m, unit, m))
     return _Directions(
-        n=n / unit[:, None],
-        d=d / unit[:, None],
-        m=(m / unit)[:, None],
+        n=_in_units(n, unit[:, None]),
+        d=_in_units(d, unit[:, None]),
+        m=_in_units(m, unit)[:, None],
         w=w / positive_or_one(xp.sum(w, axis=1, keepdims=True)),
         in_mean=xp.astype(in_mean, dots.dtype),
         kept=xp.astype(kept, dots.dtype),
@@ -285,6 +291,7 @@ def _parallel_variance(of: _Directions) -> Array:
     rest = xp.sum(of.w * (1.0 - of.w), axis=1)  # 1 - s2
     mean = xp.sum(of.w * of.d, axis=1, keepdims=True)  # ‖ḡ‖², with the products' own rounding
     deviations = of.in_mean * (of.d - mean)
+    deviations = deviations - of.in_mean * xp.sum(of.w * deviations, axis=1, keepdims=True)  # what rounding left of it
     plain = s2 * xp.sum(of.w * deviations * deviations, axis=1)
     weighted = xp.sum(of.w * of.w * deviations * (deviations + 2.0 * mean), axis=1)
     equal = xp.abs(s2 * count - 1.0) < 1e-6  # as `noise.noise_sums` does, so that P is their sum
