@@ -11,8 +11,8 @@ numpy, torch and jax count alike to the last one, and a value is in its bucket e
   compared is the ends rounded down (integer square roots, `_edges`);
 * powers of two are their bucket's upper end themselves.
 
-(Prometheus's own client rounds the ends to the nearest float64, so it may place a float64 one bucket lower where it
-equals an end that was rounded up. No float32 is affected.)
+(Prometheus's own client compares with a table of the ends that is off by up to two roundings of float64: a float64 as
+close as that to an end may land in its neighbour there. No float32 is.)
 """
 
 import itertools
@@ -248,8 +248,9 @@ class Histogram:
     def merge(self, other: "Histogram") -> "Histogram":
         """The histogram of the numbers of both, exactly: no count moves to a bucket that it doesn't belong to.
 
-        As Prometheus does: the lower schema of the two, whose buckets are those of the higher in groups; the higher of
-        the two zero thresholds, raised to the next end of a bucket, and what lies below it goes to ``zero_count``.
+        As Prometheus does: the lower schema of the two, whose buckets are those of the higher in groups, and the higher
+        zero threshold of the two; what lies below it goes to ``zero_count``. A threshold within a bucket is raised to
+        the bucket's end (always; there only where the bucket isn't empty, so that the order of merging would matter).
 
         Guarantees:
             * Associative and commutative.
