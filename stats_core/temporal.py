@@ -217,9 +217,10 @@ def fixed_sums(before: FixedMoments, grad: Array, beta: float) -> tuple[dict[str
     w = before.w + complement * (1.0 - before.w)
     q = complement / w
     d = grad - before.u
+    d2 = d * d  # before it meets 1 - q, which is 0 at the first step: an overflow must be seen
     after = FixedMoments(
         u=before.u + q * d,
-        s=(1.0 - q) * before.s + q * (1.0 - q) * d * d,
+        s=(1.0 - q) * before.s + q * (1.0 - q) * d2,
         w=w,
         spread=_spread(before.spread, q),
     )
