@@ -249,7 +249,7 @@ def _times_square(values: Array, factor: Array) -> Array:
 def _sign(factor: Array) -> Array:
     if isinstance(factor, int | float):
         return (factor > 0) - (factor < 0)
-    return namespace(factor).sign(factor)
+    return signs(factor)
 
 
 def variance(moments: Moments, *, ddof: int = 1) -> Array:

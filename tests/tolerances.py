@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 
 _SECOND_ORDER = 1.02
-_CHUNK = 128  # elements that stats_core adds up in float32 before it goes on in float64
+_CHUNK = 64  # elements that stats_core adds up in float32 before it goes on in float64
+
+
+LEAST = 2.0**-126
+"""The smallest float32 with all its digits: by as much a square may be off that is below it (jax makes it 0)."""
 
 
 def unit_roundoff(dtype: Any) -> float:
