@@ -97,7 +97,8 @@ def noise_of_parts(mean_sq_norm: Array, m2_sum: Array, sq_norms: Array, batch: M
 
     def weighted() -> Array:
         normalised = batch.weights / batch.weight_sum
-        summed = xp.sum(normalised * normalised * sq_norms, axis=-1, dtype=mean_sq_norm.dtype)
+        squares = xp.broadcast_to(normalised * normalised, sq_norms.shape)
+        summed = xp.sum(squares * sq_norms, axis=-1, dtype=mean_sq_norm.dtype)
         return (summed - share * mean_sq_norm) / freedom
 
     batch_variance = (plain if equal else weighted()) if isinstance(equal, bool) else xp.where(equal, plain, weighted())

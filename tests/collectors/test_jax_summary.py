@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,14 @@ import pytest
 
 import gradiometer as gm
 from gradiometer.collectors.jax_summary import gradient_scale
+from gradiometer.collectors.optax_state import AdamRule
 from gradiometer.optimizers.optax_api import madam
-from gradiometer.stats_core import Moments, selection
+from gradiometer.stats_core import Moments, TemporalMoments, catalog, maxva, selection
+from gradiometer.stats_core.histogram import sketch_fixed
+from gradiometer.stats_core.selection import Selection
+from gradiometer.stats_core.successive import Previous, step_sums
+from gradiometer.stats_core.summary import Part, batch_sums, summarized
+from gradiometer.stats_core.temporal import FIXED_BETA, FixedMoments, fixed_sums, maxva_sums
 from tests.jax_models import MODELS, cast
 from tests.reference import loop_layer, loop_moments, maxva_naive
 
@@ -192,7 +199,7 @@ def test_with_any_other_optimizer_the_collector_keeps_its_own() -> None:
 
 def test_temporal_state_is_in_float32_for_half_precision() -> None:
     temporal = gm.init_temporal(cast(PARAMS, jnp.bfloat16))
-    assert {leaf.dtype for leaf in jax.tree.leaves(temporal)} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(temporal._replace(exponent=None))} == {jnp.dtype(jnp.float32)}
 
 
 def test_columns_stand_in_the_order_of_the_layers() -> None:
@@ -212,5 +219,131 @@ def test_temporal_state_of_other_parameters_is_refused() -> None:
 
 
 def test_an_unknown_tier_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs tier in"):
+    with pytest.raises(ValueError, match="needs tiers in"):
         gm.summarize(moments_of(per_example(0)), None, statistics="heavy")  # type: ignore[arg-type]
+
+
+FULL = "full,outliers"
+
+
+def with_directions(grads: Any, weights: Any = None) -> Any:
+    def one(leaf: Any) -> Moments:
+        m = Moments.from_per_example(jnp.asarray(leaf, jnp.float32), weights, dots=True, sign_mean=True)
+        return m._replace(count=jnp.float32(m.count))
+
+    return jax.tree.map(one, grads)
+
+
+def test_the_full_tier_is_that_of_numpy_in_float64() -> None:
+    temporal: Any = gm.init_temporal(PARAMS, statistics=FULL)
+    step = jax.jit(functools.partial(gm.summarize, statistics=FULL))
+    summary: Any = None
+    wanted = Selection.of(FULL)
+    state = TemporalMoments.zeros_like(np.zeros(4))
+    fixed, previous = FixedMoments.zeros_like(np.zeros(4)), Previous.zeros_like(np.zeros(4))
+    spread = np.zeros(4)
+    for number in range(4):
+        summary, temporal = step(with_directions(per_example(number)), temporal)
+        moments = Moments.from_per_example(per_example(number)["c"], dots=True, sign_mean=True)
+        of_batch = batch_sums([moments], wanted)
+        now = Previous(moments.mean, of_batch["batch_variance"][0], of_batch["mean_sq_norm"][0])
+        sums = step_sums(previous, now)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = maxva.deviation_ratio(state, moments.mean)
+        found = maxva_sums(state, moments.mean, kish=spread)
+        more, fixed = fixed_sums(fixed, moments.mean, FIXED_BETA)
+        sketch = sketch_fixed(ratio, state.s > 0)
+        previous, state, spread = now, found.after, found.kish
+    part = Part(moments, 4, sums | found.sums | more, {"element_deviation_ratio": sketch})
+    want = summarized([[part]], of_batch, wanted._replace(sketches=("element_deviation_ratio",)))
+    of_adam = {row.name for row in catalog.STATISTICS if "adam" in row.needs}
+    assert set(summary.columns) == set(wanted.columns)
+    for name, values in want.columns.items():
+        got = float(summary.columns[name][1])
+        assert got == pytest.approx(float(values[0]), rel=2e-4, abs=1e-6, nan_ok=name in of_adam), name
+    assert set(summary.sketches) == {"example_norm", "element_deviation_ratio", "element_t_sq"}
+    assert np.asarray(summary.sketches["element_deviation_ratio"].counts[1]).tolist() == (
+        want.sketches["element_deviation_ratio"].counts[0].tolist()
+    )
+    everything = np.concatenate([np.asarray(leaf).reshape(6, -1) for leaf in jax.tree.leaves(per_example(3))], axis=1)
+    norms = (everything**2).sum(axis=1)
+    assert float(summary.scalars["norm_max"]) == pytest.approx(float(np.sqrt(norms.max())), rel=1e-5)
+    assert int(summary.outliers.rows[0]) == int(norms.argmax())
+
+
+def test_an_unmeasured_step_has_the_shapes_of_a_measured_one_and_nothing_in_it() -> None:
+    temporal: Any = gm.init_temporal(PARAMS, statistics=FULL)
+    step = jax.jit(functools.partial(gm.summarize, statistics=FULL))
+    moments = with_directions(per_example(0))
+    nothing = jax.tree.map(jnp.zeros_like, moments)
+    measured, _ = step(moments, temporal)
+    absent, after = step(nothing, temporal)
+    assert jax.tree.map(jnp.shape, absent) == jax.tree.map(jnp.shape, measured)
+    assert absent.count == 0
+    assert all(np.isnan(values).all() for values in absent.columns.values())
+    jax.tree.map(np.testing.assert_array_equal, after, temporal)
+
+
+@pytest.mark.parametrize("exponent", [-55, -50, 45, 60])
+def test_gradients_of_extreme_scale_give_the_same_numbers_in_another_unit(exponent: int) -> None:
+    step = jax.jit(functools.partial(gm.summarize, statistics=FULL))
+
+    def run(scale: float) -> list[Any]:
+        temporal: Any = gm.init_temporal(PARAMS, statistics=FULL)
+        found = []
+        for number in range(3):
+            grads = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32) * np.float32(scale), per_example(number))
+            summary, temporal = step(with_directions(grads), temporal)
+            found.append(summary)
+        return found
+
+    powers = {row.name: row.power for row in catalog.STATISTICS}
+    for plain, scaled in zip(run(1.0), run(2.0**exponent), strict=True):
+        unit = float(scaled.scalars["unit_exponent"])
+        assert unit != 0
+        for name, values in plain.columns.items():
+            got = np.ldexp(np.asarray(scaled.columns[name], np.float64), int(unit) * powers[name])
+            want = np.ldexp(np.asarray(values, np.float64), exponent * powers[name])
+            np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
+        for name in ("norm_max", "conflicting_share"):
+            got = float(scaled.scalars[name]) * 2.0 ** (unit * powers[name])
+            assert got == pytest.approx(float(plain.scalars[name]) * 2.0 ** (exponent * powers[name]), rel=1e-5)
+
+
+def test_a_unit_may_change_from_step_to_step() -> None:
+    step = jax.jit(gm.summarize)
+    temporal: Any = gm.init_temporal(PARAMS)
+    means = []
+    for scale in (1.0, 2.0**50, 2.0**50):
+        grads = jax.tree.map(
+            lambda leaf, s=scale: np.asarray(leaf, np.float32) * np.float32(s), per_example(len(means))
+        )
+        means.append(loop_moments(list(np.asarray(grads["c"], np.float64))))
+        summary, temporal = step(moments_of(grads), temporal)
+    unit = float(summary.scalars["unit_exponent"])
+    wanted = 0.5 * ((means[2].mean - means[1].mean) ** 2).sum()
+    assert float(summary.columns["step_variance"][1]) * 4.0**unit == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_an_adam_makes_of_it_is_shown_where_its_rule_is_told() -> None:
+    moments = moments_of(per_example(0))
+    grads = jax.tree.map(lambda m: m.mean, moments, is_leaf=lambda leaf: isinstance(leaf, Moments))
+    temporal = gm.init_temporal(PARAMS, statistics="full")
+
+    def shown(optimizer: Any, rule: AdamRule | None) -> tuple[Any, Any]:
+        opt_state = optimizer.init(PARAMS)
+        with jax.numpy_dtype_promotion("standard"):  # optax's own
+            for _ in range(8):
+                _, opt_state = optimizer.update(grads, opt_state)
+            updates, _ = optimizer.update(grads, opt_state)
+        step = functools.partial(gm.summarize, statistics="full", opt_state=opt_state, grads=grads, adam=rule)
+        return jax.jit(step)(moments, temporal)[0], updates
+
+    told, updates = shown(optax.adam(1e-2), AdamRule(1e-2))
+    assert column(told, "step_size")[1] == pytest.approx(float(jnp.mean(jnp.abs(updates["c"]))), rel=1e-5)
+    assert "radam_length" not in told.scalars
+    told, _ = shown(optax.radam(1e-2), AdamRule(1e-2, threshold=5.0))
+    assert float(told.scalars["radam_length"]) == pytest.approx(8.9873, rel=1e-4)  # just under t = 9
+    untold, _ = shown(optax.radam(1e-2), None)
+    assert np.isnan(column(untold, "step_size")).all()
+    assert "radam_length" not in untold.scalars
