@@ -55,7 +55,9 @@ def noise_sums(moments: Moments) -> NoiseSums:
         1e18, form them from ``moments.in_unit``, and multiply by 4 to its exponent on the host.
 
     Guarantees:
-        * ``variance_trace`` and ``batch_variance`` of equally weighted examples are never negative.
+        * Examples of equal weight: ``variance_trace`` and ``batch_variance`` are never negative, and adding one vector
+          to every gradient leaves them as they are.
+        * Examples of unequal weight: both hold on average only, and the spread grows with :math:`\|\bar g\|^2`.
         * The sums of several parameters add up to those of all of them as one.
 
     Edge cases:
