@@ -28,7 +28,9 @@ __all__ = [
     "element_sums",
     "element_sums_of_parts",
     "gsnr",
+    "numbered",
     "t_squares",
+    "tiles",
 ]
 
 _ROUNDING = 4.0
@@ -158,8 +160,11 @@ def element_parts(mean: Array, m2: Array, limits: ElementLimits) -> Array:
     """
     xp = namespace(mean)
     # Within a tile by pairs: relative error of log2(2¹⁷) roundings and a few more, 2e-6 in float32; over tiles as much.
-    tiles = [_tile_sums(xp, limits, *tile) for tile in _tiles(xp, mean, m2)]
-    return tiles[0] if len(tiles) == 1 else xp.sum(xp.stack(tiles), axis=0)
+    sums, buffers = [], None
+    for tile, its_m2 in tiles(mean, m2):
+        buffers = _buffers(xp, tile, buffers)
+        sums.append(_tile_sums(xp, limits, tile, its_m2, *buffers))
+    return sums[0] if len(sums) == 1 else xp.sum(xp.stack(sums), axis=0)
 
 
 def element_sums_of_parts(parts: Array, limits: ElementLimits) -> dict[str, Array]:
@@ -210,8 +215,7 @@ def gsnr(moments: Moments) -> Array:
         As `element_sums`.
     """
     limits = element_limits(moments)
-    factor = limits.correction * limits.freedom
-    return _active_ratio(moments, limits) * factor - limits.share
+    return _by_element(moments, limits, limits.correction * limits.freedom, limits.share)
 
 
 def t_squares(moments: Moments) -> Array:
@@ -235,20 +239,55 @@ def t_squares(moments: Moments) -> Array:
         array([ 4., nan, nan])
     """
     limits = element_limits(moments)
-    return _active_ratio(moments, limits) * (limits.freedom / positive_or_one(limits.share))
+    return _by_element(moments, limits, limits.freedom / positive_or_one(limits.share), 0.0)
 
 
 def active_elements(mean: Array, m2: Array, limits: ElementLimits) -> Array:
     """1 where an element is active, else 0: shape and type of ``mean``; see `element_sums`."""
     xp = namespace(mean)
-    return _numbered(xp, xp.less, _ratio(xp, mean, m2), limits.resolved, None)
+    return numbered(xp, xp.less, _ratio(xp, mean, m2), limits.resolved)
 
 
-def _active_ratio(moments: Moments, limits: ElementLimits) -> Array:
-    """The ratio x where the element is active, else NaN."""
+def tiles(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Arrays of one shape in pieces along the first axis, as views: what is made of a piece stays in a CPU's cache.
+
+    Only torch's are cut, and leave their graph, if they have one: they are written over buffers. jax gets whole
+    arrays, which its compiler goes through as it sees fit.
+    """
+    first = arrays[0]
+    if not array_api_compat.is_torch_array(first):
+        yield arrays
+        return
+    arrays = tuple(array.detach() for array in arrays)
+    size, largest = math.prod(first.shape), _CACHED if first.device.type == "cpu" else _COUNTED
+    if size <= largest:
+        yield arrays
+        return
+    rows = first.shape[0]
+    step = max(1, largest * rows // size)
+    for row in range(0, rows, step):
+        yield tuple(array[row : row + step] for array in arrays)
+
+
+def _buffers(
+    xp: Any, tile: Array, buffers: tuple[Array | None, Array | None] | None
+) -> tuple[Array | None, Array | None]:
+    """Two arrays like the tile to write to, the ones before if they fit; none for jax and numpy."""
+    if not array_api_compat.is_torch_array(tile):
+        return None, None
+    if buffers is None or buffers[0] is None or buffers[0].shape != tile.shape:
+        return xp.empty_like(tile), xp.empty_like(tile)
+    return buffers
+
+
+def _by_element(moments: Moments, limits: ElementLimits, factor: Array, less: Array) -> Array:
+    """The ratio x times ``factor``, minus ``less``, where the element is active, else NaN."""
     xp = namespace(moments.mean)
-    ratio = _ratio(xp, moments.mean, moments.m2)
-    return xp.where(ratio < limits.resolved, ratio, xp.nan)
+    found = []
+    for mean, m2 in tiles(moments.mean, moments.m2):
+        ratio = _ratio(xp, mean, m2)
+        found.append(xp.where(ratio < limits.resolved, ratio, xp.nan) * factor - less)
+    return found[0] if len(found) == 1 else xp.concat(found)
 
 
 def _ratio(xp: Any, mean: Array, m2: Array, out: Array | None = None, spare: Array | None = None) -> Array:
@@ -264,11 +303,11 @@ def _ratio(xp: Any, mean: Array, m2: Array, out: Array | None = None, spare: Arr
 
 def _tile_sums(xp: Any, limits: ElementLimits, mean: Array, m2: Array, out: Array | None, spare: Array | None) -> Array:
     ratio = _ratio(xp, mean, m2, out, spare)
-    active = _numbered(xp, xp.less, ratio, limits.resolved, spare)
+    active = numbered(xp, xp.less, ratio, limits.resolved, spare)
     active_sum = xp.sum(active)
     ratio = _into(out, xp.multiply, ratio, active)
     ratio_sum = xp.sum(ratio)
-    return xp.stack([active_sum, ratio_sum, xp.sum(_numbered(xp, xp.greater, ratio, limits.significant, spare))])
+    return xp.stack([active_sum, ratio_sum, xp.sum(numbered(xp, xp.greater, ratio, limits.significant, spare))])
 
 
 def _into(out: Array | None, function: Any, *arguments: Array, **options: float) -> Array:
@@ -276,31 +315,16 @@ def _into(out: Array | None, function: Any, *arguments: Array, **options: float)
     return function(*arguments, **options) if out is None else function(*arguments, out=out, **options)
 
 
-def _numbered(xp: Any, compare: Any, values: Array, bound: Array, out: Array | None) -> Array:
-    """1.0 where a comparison holds, else 0.0; NaN compares with nothing."""
-    return xp.astype(compare(values, bound), values.dtype) if out is None else compare(values, bound, out=out)
+def numbered(xp: Any, compare: Any, values: Array, bound: Array, out: Array | None = None) -> Array:
+    """1.0 where a comparison (``xp.less``, ``xp.greater``) holds, else 0.0; NaN compares with nothing.
 
-
-def _tiles(xp: Any, mean: Array, m2: Array) -> Iterator[tuple[Array, Array, Array | None, Array | None]]:
-    """Both arrays in pieces along the first axis, with two buffers for what is made of them; nothing is copied.
-
-    jax gets one piece and no buffer: its compiler makes one pass of it.
+    In the type of the values: torch writes and reads booleans five times as slowly.
     """
-    if not array_api_compat.is_torch_namespace(xp):
-        yield mean, m2, None, None
-        return
-    mean, m2 = mean.detach(), m2.detach()
-    size, largest = math.prod(mean.shape), _CACHED if mean.device.type == "cpu" else _COUNTED
-    pieces = [(mean, m2)]
-    if size > largest:
-        rows = mean.shape[0]
-        step = max(1, largest * rows // size)
-        pieces = [(mean[row : row + step], m2[row : row + step]) for row in range(0, rows, step)]
-    out, spare = xp.empty_like(pieces[0][0]), xp.empty_like(pieces[0][0])
-    for piece, its_m2 in pieces:
-        if piece.shape != out.shape:
-            out, spare = out[: piece.shape[0]], spare[: piece.shape[0]]
-        yield piece, its_m2, out, spare
+    if out is None:
+        if not array_api_compat.is_torch_array(values):
+            return xp.astype(compare(values, bound), values.dtype)
+        out = xp.empty_like(values)
+    return compare(values, bound, out=out)
 
 
 def _quiet(xp: Any) -> contextlib.AbstractContextManager[Any]:

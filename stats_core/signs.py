@@ -5,10 +5,10 @@ sign keeps less of the signal, and where gradients are skewed it points the othe
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gradiometer.stats_core.arrays import Array, namespace
-from gradiometer.stats_core.elements import active_elements, element_limits
+from gradiometer.stats_core.elements import ElementLimits, active_elements, element_limits, numbered, tiles
 from gradiometer.stats_core.moments import Moments
 
 __all__ = ["PlacementSnr", "placement_snr", "sign_sums"]
@@ -73,19 +73,28 @@ def sign_sums(moments: Moments) -> dict[str, Array]:
         )
     xp = namespace(moments.mean)
     limits = element_limits(moments)
-    active = active_elements(moments.mean, moments.m2, limits)
-    # What is NaN here is not active.
-    signs = xp.nan_to_num(moments.sign_mean) * active
-    count, squared = xp.sum(active), xp.sum(signs * signs)
-    is_even = xp.abs(signs) <= _ROUNDING * float(xp.finfo(signs.dtype).eps)
-    products = xp.sign(signs) * xp.nan_to_num(xp.sign(moments.mean))
-    agreement = xp.sum(xp.where(is_even, xp.zeros_like(products), products))
+    found = [_tile_sums(xp, limits, *tile) for tile in tiles(moments.mean, moments.m2, moments.sign_mean)]
+    count, squared, agreement = found[0] if len(found) == 1 else xp.sum(xp.stack(found), axis=0)
     scale = moments.weight_sum / limits.freedom  # 1/(1 − s₂), NaN where there is only one example
     return {
         "sign_signal": (squared - limits.share * count) * scale,
         "sign_noise": (count - squared) * scale,
         "sign_disagreements": 0.5 * (count - agreement),
     }
+
+
+def _tile_sums(xp: Any, limits: ElementLimits, mean: Array, m2: Array, sign_mean: Array) -> Array:
+    """Of a tile: active elements, their Σe², and agreements less disagreements."""
+    active = active_elements(mean, m2, limits)
+    signs = xp.nan_to_num(sign_mean) * active  # what is NaN is not active
+    products = _direction(xp, signs, _ROUNDING * float(xp.finfo(signs.dtype).eps))
+    products *= _direction(xp, mean, 0.0)
+    return xp.stack([xp.sum(active), xp.sum(signs * signs), xp.sum(products)])
+
+
+def _direction(xp: Any, values: Array, least: float) -> Array:
+    """1 above ``least``, −1 below ``-least``, else 0, as numbers; 0 for NaN."""
+    return numbered(xp, xp.greater, values, least) - numbered(xp, xp.less, values, -least)
 
 
 class PlacementSnr(NamedTuple):

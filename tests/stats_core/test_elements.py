@@ -312,8 +312,9 @@ def test_arrays_of_many_tiles_add_up_to_float32_precision(layout: str, monkeypat
         active, ratio_sum, significant = element_parts(moments.mean, moments.m2, limits).tolist()
         assert active == math.prod(shape[layout])
         assert significant == float(want["significant_elements"])
-        exact = float((moments.mean.double() ** 2 / moments.m2.double()).sum())
-        assert ratio_sum == pytest.approx(exact, rel=3e-6)
+        exact = moments.mean.double() ** 2 / moments.m2.double()
+        assert ratio_sum == pytest.approx(float(exact.sum()), rel=3e-6)
+        assert torch.allclose(t_squares(moments).double(), exact * 15 * 16, rtol=1e-6, atol=0)
 
 
 def test_jax_sums_of_a_million_elements_keep_float32_precision() -> None:
@@ -344,10 +345,10 @@ def test_moments_are_left_as_they_are() -> None:
     grads = torch.as_tensor(normal_columns(6, 50, 0.3, 22)).requires_grad_()
     moments = Moments.from_per_example(grads)
     before = [moments.mean.detach().clone(), moments.m2.detach().clone()]
-    found = element_sums(moments)
+    found = [*element_sums(moments).values(), gsnr(moments), t_squares(moments)]
     assert torch.equal(moments.mean, before[0])
     assert torch.equal(moments.m2, before[1])
-    assert not any(value.requires_grad for value in found.values())
+    assert not any(value.requires_grad for value in found)
 
 
 def test_half_precision_is_widened() -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradiometer.stats_core import elements
 from gradiometer.stats_core.elements import element_sums
 from gradiometer.stats_core.moments import Moments
 from gradiometer.stats_core.signs import placement_snr, sign_sums
@@ -189,6 +190,13 @@ def test_nothing_waits_for_the_device() -> None:
     for sums in ((9.0, 9.0), (9.0 * one, 11.0 * one)):
         found = sign_sums(Moments(9, *sums, mean, mean, rows, rows, sign_mean=mean))
         assert all(value.shape == () for value in found.values())
+
+
+def test_tensors_of_many_tiles_and_with_a_graph_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = np.random.default_rng(11).standard_normal((6, 70, 30)) + 0.3
+    monkeypatch.setattr(elements, "_CACHED", 500)
+    got = Moments.from_per_example(torch.as_tensor(grads).requires_grad_(), sign_mean=True)
+    assert sums_of(got) == pytest.approx(sums_of(FRAMEWORKS["numpy"](grads)), rel=1e-9)
 
 
 def test_half_precision_is_widened() -> None:
