@@ -270,7 +270,7 @@ def test_check_needs_a_loss_without_randomness() -> None:
         ({"engine": "surgery"}, r"needs engine in \('auto', 'vmap', 'microbatch'\) in this release, got .*'surgery'"),
         ({"unit": "token"}, r"needs unit in \('example',\) in this release, got unit='token'"),
         ({"segments_argnum": 2}, r"needs segments_argnum in \(None,\) in this release, got segments_argnum=2"),
-        ({"statistics": "full"}, r"needs statistics in \('light', 'default'\) in this release, got .*'full'"),
+        ({"statistics": "fuller"}, r"needs tiers in \('light', 'default', 'full'\) or names .*'fuller'"),
         ({"loss_reduction": "max"}, r"needs loss_reduction in \('mean', 'sum', 'per_example'\).*got .*'max'"),
         ({"microbatch_size": 0}, "needs microbatch_size of at least 1, got microbatch_size=0"),
         ({"engine": "microbatch"}, "needs microbatch_size with engine='microbatch'.*microbatch_size=None"),

@@ -27,7 +27,7 @@ def model_and_optimizer(**options) -> tuple[nn.Module, torch.optim.Optimizer]:
         ({"mirror": "wandb"}, "needs mirror in"),
         ({"gradient": "replace"}, "needs gradient in"),
         ({"loss_reduction": "none"}, "needs loss_reduction in .*'weighted'"),
-        ({"statistics": "full"}, "needs statistics in"),
+        ({"statistics": ["default", "gsnrr"]}, "needs tiers in .*got statistics='gsnrr'"),
         ({"temporal": "own"}, "needs temporal in"),
         ({"accumulation": 0}, "needs accumulation of at least 1"),
         ({"every": 0}, "needs every"),

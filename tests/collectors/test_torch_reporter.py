@@ -137,7 +137,7 @@ def test_where_nothing_is_published_no_numbers_are_formed(monkeypatch: pytest.Mo
     def never(*_args, **_kwargs):
         raise AssertionError("nobody reads these")
 
-    monkeypatch.setattr(torch_measure, "parameter_sums", never)
+    monkeypatch.setattr(torch_measure, "batch_sums", never)
     monkeypatch.setenv("GRADIOMETER_ENDPOINT", "off")
     model = MLP.make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
