@@ -26,8 +26,8 @@ _NAMES = (*_PERCENTS, "effective_examples", *_OF_DIRECTIONS)
 
 _UNRESOLVED = 2.0**-19
 """A difference smaller than this share of its terms can't be told from 0. Adding 128 terms of one sign in float32, as
-`arrays.total` does at a time, leaves an error of standard deviation 128^½/3 roundings of 2^-24; that of two such sums is
-5.4 roundings, and this is 32, six times as much."""
+`arrays.total` does at a time, leaves an error of standard deviation √128/3 roundings of 2^-24; that of a difference of
+two such sums is 5.4 roundings, and this is 32, six times as much."""
 
 
 class ExampleRows(NamedTuple):

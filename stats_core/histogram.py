@@ -216,7 +216,8 @@ class Histogram:
         if not 0.0 <= self.zero_threshold < math.inf or self.zero_count < 0:
             raise ValueError(
                 "Histogram needs a finite zero_threshold and a zero_count of at least 0, got "
-                f"zero_threshold={self.zero_threshold}, zero_count={self.zero_count}; merge histograms, don't subtract"
+                f"zero_threshold={self.zero_threshold}, zero_count={self.zero_count}; "
+                "merge histograms, don't subtract, and shift within the floats"
             )
         for side in ("positive", "negative"):
             indices, counts = getattr(self, f"{side}_index"), getattr(self, f"{side}_count")
@@ -287,7 +288,11 @@ class Histogram:
         )
 
     def shifted(self, buckets: int) -> "Histogram":
-        """The histogram of all numbers times 2^(buckets·2^-n): exact, since only indices change."""
+        """The histogram of all numbers times 2^(buckets·2^-n): exact, since only indices change.
+
+        Raises:
+            ValueError: if the zero threshold leaves the range of floats.
+        """
         threshold = self.zero_threshold
         if threshold > 0:
             level = _level(threshold, self.schema)

@@ -322,7 +322,7 @@ def test_nothing_has_no_quantile() -> None:
         Histogram().quantile(50)
 
 
-@given(histograms(), st.integers(-100, 100), st.integers(-100, 100))
+@given(histograms().filter(lambda a: a.schema >= 0), st.integers(-100, 100), st.integers(-100, 100))
 def test_shifts_add_up_and_turn_back(a: Histogram, first: int, second: int) -> None:
     assert a.shifted(first).shifted(second) == a.shifted(first + second)
     assert a.shifted(first).shifted(-first) == a
@@ -331,6 +331,13 @@ def test_shifts_add_up_and_turn_back(a: Histogram, first: int, second: int) -> N
 @given(histograms(schema=3), histograms(schema=3), st.integers(-100, 100))
 def test_shifting_both_shifts_their_merge(a: Histogram, b: Histogram, buckets: int) -> None:
     assert a.shifted(buckets).merge(b.shifted(buckets)) == a.merge(b).shifted(buckets)
+
+
+def test_a_threshold_beyond_the_floats_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="got zero_threshold=inf, zero_count=0; merge histograms, don't subtract, and shift"
+    ):
+        Histogram(-4, 1.0).shifted(64)
 
 
 def test_a_threshold_that_is_no_buckets_end_shifts_by_the_ratio() -> None:
