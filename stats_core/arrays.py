@@ -48,8 +48,12 @@ _ROOM = 40
 
 
 def namespace(*arrays: Array) -> Any:
-    """The array-API namespace that the arrays share; Python numbers are passed over."""
-    return array_api_compat.array_namespace(*(a for a in arrays if not isinstance(a, int | float)))
+    """The array-API namespace that the arrays share; Python numbers are passed over.
+
+    So is numpy's float64, which is a Python float, beside arrays of another framework; alone it is numpy's.
+    """
+    named = [a for a in arrays if not isinstance(a, int | float)]
+    return array_api_compat.array_namespace(*(named or arrays))
 
 
 def widened(array: Array) -> Array:

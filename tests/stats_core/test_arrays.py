@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gradiometer.stats_core import arrays
 from gradiometer.stats_core.arrays import (
     concrete_count,
+    namespace,
     positive_or_one,
     power_of_two,
     row_dots,
@@ -140,6 +141,13 @@ def test_sums_never_look_at_a_value_on_the_host(size: int) -> None:
     x = torch.empty(2, size, device="meta")  # has no values: looking at one raises
     for found in (total(x), square_sum(x), row_square_sums(x)[0], row_dots(x, x[0])[0], signs(x)[0, 0]):
         assert found.device.type == "meta"
+
+
+def test_numbers_have_no_namespace_but_numpys_own_scalars_do() -> None:
+    assert namespace(np.float64(1.0), 2.0) is namespace(np.ones(1))
+    assert namespace(torch.ones(1), np.float64(1.0), 2) is namespace(torch.ones(1))
+    with pytest.raises(TypeError):
+        namespace(1.0, 2)
 
 
 def test_half_precision_is_widened_and_the_rest_left() -> None:
