@@ -108,6 +108,11 @@ FAMILY: dict[str, tuple[optax.GradientTransformation, AdamRule]] = {
 }
 
 
+def first_steps(optimizer: optax.GradientTransformation, rule: AdamRule, grads: object = PARAMS) -> dict[str, AdamStep]:
+    """What the reader says before the first update."""
+    return jax.jit(lambda grads: adam_steps(optimizer.init(grads), grads, rule))(grads)
+
+
 def watched(
     optimizer: optax.GradientTransformation, rule: AdamRule, steps: int = 12
 ) -> Iterator[tuple[dict[str, AdamStep], Grads, object]]:
@@ -143,7 +148,7 @@ def test_the_step_that_is_read_is_the_update_that_is_made(name: str) -> None:
             before = said
 
 
-@pytest.mark.parametrize("name", ["adam", "nadam", "radam", "madam", "inject_hyperparams"])
+@pytest.mark.parametrize("name", ["adam", "radam", "madam"])
 def test_in_float32_the_step_is_the_update_to_its_digits(name: str) -> None:
     # optax's 1 - b2^t is 1e-3 at adam's first step, off by 2^-24: 3e-5 of its root. Its RAdam at b = .9 subtracts
     # numbers of 19 that are off by 2^-24/(1 - b^t), to leave 5: less.
@@ -161,10 +166,9 @@ def test_the_divisor_after_is_that_of_the_state_which_the_update_leaves() -> Non
 
 
 def test_decoupled_decay_is_no_part_of_the_step() -> None:
-    plain = [said for said, _, _ in watched(optax.adamw(0.01, weight_decay=0.0), AdamRule(0.01), 3)]
-    decayed = [said for said, _, _ in watched(optax.adamw(0.01, weight_decay=0.5), AdamRule(0.01), 3)]
-    for one, other in zip(plain, decayed, strict=True):
-        np.testing.assert_array_equal(one["b"].step, other["b"].step)
+    for said, updates, _ in watched(optax.adamw(0.01, **RATES, weight_decay=0.5), AdamRule(0.01, **RATES), 3):
+        decay = 0.01 * 0.5 * 1.0  # of parameters that stay at 1
+        np.testing.assert_allclose(said["b"].step, -np.asarray(updates["b"]) - decay, rtol=1e-4)
 
 
 @pytest.mark.parametrize("within", ["mean", "full"])
@@ -190,22 +194,22 @@ def test_madam_s_step_with_the_examples_variance_is_the_update_that_is_made(with
 def test_a_parameter_that_is_kept_from_the_optimizer_is_absent() -> None:
     labels = {"a": {"w": "adam"}, "b": "sgd"}
     optimizer = optax.multi_transform({"adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}, labels)
-    assert list(adam_steps(optimizer.init(PARAMS), PARAMS, AdamRule(0.1))) == ["a.w"]
+    assert list(first_steps(optimizer, AdamRule(0.1))) == ["a.w"]
     masked = optax.masked(optax.adam(0.1), {"a": {"w": False}, "b": True})
-    assert list(adam_steps(masked.init(PARAMS), PARAMS, AdamRule(0.1))) == ["b"]
+    assert list(first_steps(masked, AdamRule(0.1))) == ["b"]
 
 
 def test_injected_rates_are_each_group_s_own() -> None:
     labels = {"a": {"w": "slow"}, "b": "fast"}
     make = optax.inject_hyperparams(optax.adam)
     optimizer = optax.multi_transform({"slow": make(1e-3), "fast": make(1e-1)}, labels)
-    said = adam_steps(optimizer.init(PARAMS), PARAMS, AdamRule())
+    said = first_steps(optimizer, AdamRule())
     assert float(abs(said["a.w"].step).max()) == pytest.approx(1e-3, rel=1e-4)
     assert float(abs(said["b"].step).max()) == pytest.approx(1e-1, rel=1e-4)
 
 
 def test_a_rate_that_is_not_known_leaves_the_step_unknown_and_the_divisor_known() -> None:
-    said = adam_steps(optax.adam(0.1).init(PARAMS), PARAMS, AdamRule())
+    said = first_steps(optax.adam(0.1), AdamRule())
     assert np.isnan(said["b"].step).all()
     np.testing.assert_allclose(said["b"].divisor_after, 1.0, rtol=1e-4)
 
@@ -231,8 +235,7 @@ def test_of_an_optimizer_outside_the_family_nothing_is_read(optimizer: optax.Gra
 
 def test_half_precision_is_read_in_float32() -> None:
     params = {"w": jnp.ones(3, jnp.bfloat16)}
-    state = optax.adam(0.1, mu_dtype=jnp.bfloat16).init(params)
-    said = adam_steps(state, params, AdamRule(0.1))
+    said = first_steps(optax.adam(0.1, mu_dtype=jnp.bfloat16), AdamRule(0.1), params)
     assert {value.dtype for value in said["w"]} == {jnp.dtype("float32")}
     np.testing.assert_allclose(said["w"].step, 0.1, rtol=1e-4)
 
