@@ -3,16 +3,19 @@
 Three families of names, all from the catalogue: ``gradiometer_run_*`` for the whole model and for the scalars
 of a step, ``gradiometer_layers_*`` for quantiles over the layers (label ``q``), and ``gradiometer_layer_*``
 for single layers. Of a large model only the noisiest layers are exported, by a choice that does not flicker.
-A number that does not exist is left out, never 0.
+Where a statistic has a 95 % interval, its ends are gauges beside it, ``…_low`` and ``…_high`` before the unit: of the
+whole model and of single layers. A number that does not exist is left out, never 0.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from gradiometer.server.live import Live
 from gradiometer.server.view import RunView
@@ -26,6 +29,17 @@ _STATISTICS = tuple(row for row in catalog.STATISTICS if row.metric is not None)
 # A count is that of the batch, the same for every layer: a quantile over layers would say nothing.
 _SPREAD = tuple(row for row in _STATISTICS if row.kind != "count")
 _SCALARS = tuple(row for row in catalog.SCALARS if row.metric is not None)
+_UNITS = ("_ratio", "_examples", "_steps")
+
+
+def _ends(metric: str) -> tuple[str, str]:
+    """Names of the two ends of a metric's interval: its own, with the unit still last."""
+    unit = next((unit for unit in _UNITS if metric.endswith(unit)), "")
+    return f"{metric.removesuffix(unit)}_low{unit}", f"{metric.removesuffix(unit)}_high{unit}"
+
+
+_INTERVALS = {row.name: _ends(str(row.metric)) for row in _STATISTICS if row.interval}
+_PER_LAYER = len(_STATISTICS) + 2 * len(_INTERVALS)
 
 # Of the run itself; neither a statistic nor a scalar of a step.
 _OWN = {
@@ -35,6 +49,7 @@ _OWN = {
     _RUN + "examples_per_second": "Examples trained on in a second, over the window (examples/second)",
     _RUN + "coverage_ratio": "Share of the trained parameters that is measured",
     _RUN + "last_data_timestamp_seconds": "When the run's last batch arrived (seconds since 1970)",
+    _RUN + "noise_scale_resolved": "1 where the interval of the noise scale has an upper end, 0 where noise hides it",
 }
 _DROPPED = "gradiometer_exposition_dropped_series"
 
@@ -73,8 +88,13 @@ def metric_names() -> dict[str, str]:
     Example:
         >>> metric_names()["gradiometer_layer_batch_snr_ratio"]
         'Signal-to-noise ratio of the batch gradient; 0 is pure noise (power ratio): |G|²/P'
+        >>> metric_names()["gradiometer_run_noise_scale_low_examples"]
+        'Whole model: Lower end of the 95 % interval: Gradient noise scale: noise over signal, in examples (examples)'
     """
     statistics = {row.metric: f"{row.help} ({row.unit}): {row.formula}" for row in _STATISTICS}
+    for row in _STATISTICS:
+        for end, metric in zip(("Lower", "Upper"), _INTERVALS.get(row.name, ()), strict=False):
+            statistics[metric] = f"{end} end of the 95 % interval: {row.help} ({row.unit})"
     spread = {row.metric: f"Quantiles over layers: {row.help} ({row.unit})" for row in _SPREAD}
     return {
         **_OWN,
@@ -115,9 +135,9 @@ class RunsCollector(Collector):
         for view in views:
             self._add_run(families, view)
             wanted = chosen[view.run.run_id]
-            fitting = min(len(wanted), room // len(_STATISTICS))
-            room -= fitting * len(_STATISTICS)
-            dropped += (len(wanted) - fitting) * len(_STATISTICS)
+            fitting = min(len(wanted), room // _PER_LAYER)
+            room -= fitting * _PER_LAYER
+            dropped += (len(wanted) - fitting) * _PER_LAYER
             _add_statistics(families, view, wanted[:fitting])
         families.add(_DROPPED, (), (), dropped)
         yield from families.in_order()
@@ -189,12 +209,22 @@ class _Families:
 
     def add(self, name: str, labels: tuple[str, ...], values: tuple[str, ...], number: float | None) -> None:
         """Add a sample, unless its number does not exist."""
-        if number is None or not np.isfinite(number):
+        if number is not None:
+            self.add_all(name, [dict(zip(labels, values, strict=True))], [number])
+
+    def add_all(self, name: str, labels: Iterable[dict[str, str]], numbers: Sequence[float] | np.ndarray) -> None:
+        """Add samples, one for each number that exists."""
+        there = np.isfinite(numbers)
+        if not there.any():
             return
         family = self._families.get(name)
         if family is None:
-            family = self._families[name] = GaugeMetricFamily(name, self._help[name], labels=labels)
-        family.add_metric(values, number)
+            family = self._families[name] = GaugeMetricFamily(name, self._help[name])
+        family.samples.extend(
+            Sample(name, label, number)
+            for label, number, exists in zip(labels, np.asarray(numbers).tolist(), there.tolist(), strict=True)
+            if exists
+        )
 
     def in_order(self) -> Iterable[GaugeMetricFamily]:
         """The families, each with all of its samples together."""
@@ -202,28 +232,44 @@ class _Families:
 
 
 def _add_statistics(families: _Families, view: RunView, wanted: tuple[int, ...]) -> None:
-    run_id = view.run.run_id
+    run_id, at = view.run.run_id, list(wanted)
+    layers = [{"run": run_id, "layer": view.layer_names[index]} for index in wanted]
+    quantiles = [{"run": run_id, "q": f"{q:g}"} for q in _QUANTILES]
     for row in _STATISTICS:
         families.add(f"{_RUN}{row.metric}", ("run",), (run_id,), _resolved(row.name, view.model(row.name)))
-        values = view.layers(row.name)
-        for index in wanted:
-            number = _resolved(row.name, float(values[index]))
-            families.add(f"{_LAYER}{row.metric}", ("run", "layer"), (run_id, view.layer_names[index]), number)
-    for row in _SPREAD:
-        for q, number in zip(_QUANTILES, _quantiles(row.name, view.layers(row.name)), strict=True):
-            families.add(f"{_LAYERS}{row.metric}", ("run", "q"), (run_id, f"{q:g}"), number)
+        if at:
+            numbers = _resolved(row.name, view.layers(row.name)[at])
+            families.add_all(f"{_LAYER}{row.metric}", layers, numbers)
+    for name, ends in _INTERVALS.items():
+        model = view.model_interval(name)
+        for metric, number in zip(ends, model, strict=True):
+            families.add(f"{_RUN}{metric}", ("run",), (run_id,), number)
+        if name == "noise_scale" and not np.isnan(model.low):
+            families.add(_RUN + "noise_scale_resolved", ("run",), (run_id,), float(model.is_resolved))
+        if at:
+            for metric, numbers in zip(ends, view.layers_interval(name, at), strict=True):
+                families.add_all(f"{_LAYER}{metric}", layers, numbers)
+    for row, numbers in zip(_SPREAD, _quantiles(view), strict=True):
+        families.add_all(f"{_LAYERS}{row.metric}", quantiles, numbers)
 
 
-def _resolved(name: str, value: float) -> float:
+def _resolved(name: str, values: Any) -> Any:
     """A noise scale below 0 says that the signal can't be told from 0: it has no number."""
-    return float("nan") if name == "noise_scale" and value <= 0 else value
+    return np.where(np.asarray(values) <= 0, np.nan, values) if name == "noise_scale" else values
 
 
-def _quantiles(name: str, values: np.ndarray) -> list[float]:
-    """Quantiles over the layers that have the number; a noise scale that is not resolved counts as the largest."""
-    present = np.where(values <= 0, np.inf, values) if name == "noise_scale" else values
-    present = np.sort(present[~np.isnan(present)])
-    if not len(present):
-        return [float("nan")] * len(_QUANTILES)
+def _quantiles(view: RunView) -> np.ndarray:
+    """Quantiles over the layers that have the number, shape ``(statistics, quantiles)``.
+
+    A noise scale that is not resolved counts as the largest.
+    """
+    values = np.stack([view.layers(row.name) for row in _SPREAD])
+    for place, row in enumerate(_SPREAD):
+        if row.name == "noise_scale":
+            values[place] = np.where(values[place] <= 0, np.inf, values[place])
+    values.sort(axis=1)  # NaN comes last
+    count = values.shape[1] - np.isnan(values).sum(axis=1)
     # Nearest rank, not interpolated: between a number and infinity lies nothing.
-    return [float(present[round(q * (len(present) - 1))]) for q in _QUANTILES]
+    ranks = np.rint(np.outer(np.maximum(count - 1, 0), _QUANTILES)).astype(int)
+    found: np.ndarray = np.take_along_axis(values, ranks, axis=1)
+    return found

@@ -10,7 +10,8 @@ from collections import deque
 from gradiometer.protos.batch_pb2 import Event, StepBatch
 from gradiometer.protos.columns import column_arrays, scalar_arrays
 from gradiometer.protos.run_pb2 import Run
-from gradiometer.server.view import COMPARED, Layers, MeasuredStep, Point, RunView
+from gradiometer.server.steps import MeasuredStep
+from gradiometer.server.view import COMPARED, Layers, Point, RunView
 
 __all__ = ["HISTORY_BYTES", "RunHistory"]
 

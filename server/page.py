@@ -12,24 +12,32 @@ from gradiometer.protos.run_pb2 import Coverage, Run
 from gradiometer.server.view import COMPARED, Point, RunView
 from gradiometer.stats_core import catalog
 
-__all__ = ["COLUMNS", "SHOWN", "catalogue", "chart", "facts", "numbers", "rounded"]
+__all__ = ["COLUMNS", "READ", "SHOWN", "catalogue", "chart", "facts", "numbers", "rounded"]
 
 SHOWN = (
     "variance_ratio",
+    "consecutive_cosine",
     "batch_snr",
-    "deviation_ratio",
+    "significant_share",
     "noise_scale",
+    "effective_examples",
+    "deviation_ratio",
     "maxva_beta",
     "nonfinite_examples",
 )
 """Statistics of the layer table beside the three compared variances."""
+
+READ = ("norm_median", "norm_p95", "norm_max")
+"""Statistics of the chosen layer, or of the whole model, alone."""
+
+_WITH_INTERVAL = tuple(name for name in SHOWN if catalog.statistic(name).interval)
 
 
 def _columns_behind(name: str) -> set[str]:
     return set(catalog.statistic(name).columns)
 
 
-COLUMNS = tuple(sorted({"count", *COMPARED}.union(*map(_columns_behind, SHOWN))))
+COLUMNS = tuple(sorted({"count", *COMPARED}.union(*map(_columns_behind, (*SHOWN, *READ)))))
 """The travelling columns that all of this is made of."""
 
 _MOST_ROWS = 1000
@@ -101,7 +109,10 @@ def numbers(view: RunView, *, layer: int | None = None) -> dict[str, Any]:
 
     Returns:
         ``model`` and ``table`` hold catalogue names with a number, or a list in the order of the layers. The three
-        compared variances are in the same units. ``point`` is the chart's newest point.
+        compared variances are in the same units. ``unresolved`` says for which layers (indices), and whether for the
+        model, the noise scale's interval has no upper end. ``chosen`` is of the layer that the chart shows, or of the
+        model: more statistics, and 95 % intervals where there are some; an end at infinity is null. ``point`` is the
+        chart's newest point.
     """
     point = view.point()
     names = sorted({name for step in view.window for name in step.scalars})
@@ -125,7 +136,25 @@ def numbers(view: RunView, *, layer: int | None = None) -> dict[str, Any]:
             **{name: rounded(view.compared_layers(name)[:_MOST_ROWS]) for name in COMPARED},
             **{name: rounded(view.layers(name)[:_MOST_ROWS]) for name in SHOWN},
         },
+        "unresolved": {
+            "model": bool(np.isinf(view.model_interval("noise_scale").high)),
+            "layers": np.flatnonzero(np.isinf(view.layers_interval("noise_scale").high[:_MOST_ROWS])).tolist(),
+        },
+        "chosen": _chosen(view, layer),
         "point": chart([point], layer) if point is not None else None,
+    }
+
+
+def _chosen(view: RunView, layer: int | None) -> dict[str, Any]:
+    intervals = {}
+    for name in _WITH_INTERVAL:
+        found = view.model_interval(name) if layer is None else view.layers_interval(name, [layer])
+        ends = [float(np.squeeze(end)) for end in found]
+        if not np.isnan(ends).any():
+            intervals[name] = rounded(ends)
+    return {
+        "intervals": intervals,
+        **{name: _number(view.model(name) if layer is None else float(view.layers(name)[layer])) for name in READ},
     }
 
 

@@ -4,36 +4,26 @@ The exporter, the live page and its event stream all read a `RunView`; every rat
 `gradiometer.stats_core.window`, formed over the whole window.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from gradiometer.protos.batch_pb2 import Event
 from gradiometer.protos.run_pb2 import Run
+from gradiometer.server.steps import MeasuredStep, Steps
 from gradiometer.stats_core import catalog
-from gradiometer.stats_core.window import across_layers, windowed
+from gradiometer.stats_core.intervals import Interval
+from gradiometer.stats_core.rows import Kind, Statistic
+from gradiometer.stats_core.window import across_layers, interval, interval_across_layers, windowed
 
-__all__ = ["COMPARED", "Layers", "MeasuredStep", "Point", "RunView", "Scalar"]
+__all__ = ["COMPARED", "Layers", "Point", "RunView", "Scalar"]
 
 COMPARED = ("batch_variance", "step_variance", "temporal_variance")
 """The three variances of the batch gradient that the live comparison puts on one axis."""
 
 
-class MeasuredStep(NamedTuple):
-    """One measured step as it arrived.
-
-    Attributes:
-        step: its number. Unit: optimizer steps.
-        unix_nanos: when it was measured.
-        columns: catalogue name → values, shape ``(layers,)``.
-        scalars: scalar name → value; NaN where the step has none.
-    """
-
-    step: int
-    unix_nanos: int
-    columns: Mapping[str, np.ndarray]
-    scalars: Mapping[str, float]
+_COLUMNS = {row.name: row for row in catalog.WIRE}
 
 
 class Point(NamedTuple):
@@ -112,8 +102,10 @@ class RunView:
         self.seen = seen
         self.layer_names = layers.names
         self.sizes = layers.sizes
-        self._columns: dict[str, np.ndarray] = {}
+        self._steps = Steps(self.window, len(layers.names))
         self._layers: dict[tuple[str, bool], np.ndarray] = {}
+        self._models: dict[tuple[str, bool], float] = {}
+        self._intervals: dict[str, Interval] = {}
 
     @property
     def last_step(self) -> int | None:
@@ -134,6 +126,33 @@ class RunView:
     def model(self, name: str) -> float:
         """The same for the whole model; NaN where it does not exist."""
         return self._over_layers(name, compared=False)
+
+    def layers_interval(self, name: str, layers: Sequence[int] | None = None) -> Interval:
+        """The 95 % interval of a statistic over the window, for each layer.
+
+        Args:
+            name: catalogue name of a row whose ``interval`` is True.
+            layers: indices of the layers wanted; None for all.
+
+        Returns:
+            Both ends, shape ``(layers,)``; NaN where there is none. A noise scale that is not resolved has no upper
+            end: infinity.
+        """
+        found = self._intervals.get(name)
+        if found is None:
+            columns = self._of_steps(catalog.statistic(name))
+            if layers is not None:
+                return interval(name, {need: values[:, list(layers)] for need, values in columns.items()})
+            found = self._intervals[name] = interval(name, columns)
+        return found if layers is None else Interval(found.low[list(layers)], found.high[list(layers)])
+
+    def model_interval(self, name: str) -> Interval:
+        """The same for the whole model; both ends are floats."""
+        row = catalog.statistic(name)
+        total = self._steps.total(row.columns) if _is_of(row, "sum") else None
+        if total is not None:
+            return interval_across_layers(name, total, np.ones(1))
+        return interval_across_layers(name, self._of_steps(row), self.sizes)
 
     def compared_layers(self, name: str) -> np.ndarray:
         """One of `COMPARED` for each layer, all three in the same units, shape ``(layers,)``.
@@ -182,37 +201,61 @@ class RunView:
 
     def _over_window(self, name: str, *, compared: bool) -> np.ndarray:
         key = (name, compared)
-        found = self._layers.get(key)
-        if found is None:
-            found = np.asarray(windowed(name, self._needed(name), self._gradient_scale(name, compared=compared)))
-            self._layers[key] = found
-        return found
+        if key not in self._layers:
+            row = catalog.statistic(name)
+            if self._is_measured(row):
+                scale = self._gradient_scale(row, compared=compared)
+                collapses = scale is None and _is_of(row, "sum", "mean", "count", "example")
+                columns = self._steps.mean(row.columns) if collapses else self._of_steps(row)
+                found = windowed(name, columns, scale, self._scalars(row))
+                self._layers[key] = np.asarray(found)
+            else:
+                self._layers[key] = np.full(len(self.layer_names), np.nan)
+        return self._layers[key]
 
     def _over_layers(self, name: str, *, compared: bool) -> float:
-        if not catalog.statistic(name).travels:
-            scale = self._gradient_scale(name, compared=compared)
-            return across_layers(name, self._needed(name), self.sizes, scale)
-        # Anything else is first a mean over steps, which is at hand: as a window of one step.
-        return across_layers(name, {name: self._over_window(name, compared=compared)[None, :]}, self.sizes)
+        key = (name, compared)
+        if key not in self._models:
+            row = catalog.statistic(name)
+            if not self._is_measured(row):
+                self._models[key] = float("nan")
+            elif row.travels and row.kind != "example":
+                # Anything else is first a mean over steps, which is at hand: as a window of one step.
+                means = {name: self._over_window(name, compared=compared)[None, :]}
+                self._models[key] = across_layers(name, means, self.sizes)
+            else:
+                scale = self._gradient_scale(row, compared=compared)
+                collapses = scale is None and _is_of(row, "sum", "mean")
+                columns = self._steps.mean(row.columns) if collapses else self._of_steps(row)
+                self._models[key] = across_layers(name, columns, self.sizes, scale, self._scalars(row))
+        return self._models[key]
 
-    def _needed(self, name: str) -> dict[str, np.ndarray]:
-        return {need: self._column(need) for need in catalog.statistic(name).columns}
+    def _is_measured(self, row: Statistic) -> bool:
+        return all(self._steps.has(need) for need in row.columns if need in _COLUMNS)
 
-    def _gradient_scale(self, name: str, *, compared: bool) -> np.ndarray | None:
+    def _of_steps(self, row: Statistic) -> dict[str, np.ndarray]:
+        """The columns that a statistic needs, over the window."""
+        return {need: self._steps.column(need) for need in row.columns if need in _COLUMNS}
+
+    def _scalars(self, row: Statistic) -> dict[str, np.ndarray]:
+        """The numbers of the steps that a statistic needs; of what is made of the examples', the whole model's."""
+        return {
+            need: self._steps.scalar(need)
+            for need in row.columns
+            if need not in _COLUMNS or _COLUMNS[need].kind == "example"
+        }
+
+    def _gradient_scale(self, row: Statistic, *, compared: bool) -> np.ndarray | None:
         """What brings measured sums into the optimizer's units; None where they are shown as measured."""
-        wanted = compared or not catalog.statistic(name).travels
-        if not wanted or not self.window or self.run.temporal != "optimizer":
+        if not self.window or self.run.temporal != "optimizer":
             return None
-        return np.array([step.scalars.get("gradient_scale", np.nan) for step in self.window])
+        if (row.travels and not compared) or (not row.travels and catalog.IN_OPTIMIZER_UNITS.isdisjoint(row.columns)):
+            return None
+        return self._steps.scalar("gradient_scale")
 
-    def _column(self, name: str) -> np.ndarray:
-        """A travelling column over the window, shape ``(steps, layers)``; NaN where a step lacks it."""
-        found = self._columns.get(name)
-        if found is None:
-            found = np.full((max(1, len(self.window)), len(self.layer_names)), np.nan, np.float32)
-            for place, step in enumerate(self.window):
-                values = step.columns.get(name)
-                if values is not None:
-                    found[place] = values
-            self._columns[name] = found
-        return found
+
+def _is_of(row: Statistic, *kinds: Kind) -> bool:
+    """True where each term of a statistic is a column of one of the kinds: its mean over the steps is all it needs."""
+    return all(
+        need in _COLUMNS and _COLUMNS[need].kind in kinds for need in (row.columns if row.travels else row.needs)
+    )

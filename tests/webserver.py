@@ -22,7 +22,7 @@ from gradiometer.protos.run_pb2 import LOSS_REDUCTION_MEAN, Coverage, Layer, Los
 from gradiometer.server.exporter import ExportSettings, register_exporter
 from gradiometer.server.live import Live
 from gradiometer.server.web import create_web
-from gradiometer.stats_core import selection
+from gradiometer.stats_core import catalog, selection
 
 SECOND = 1_000_000_000
 
@@ -63,7 +63,13 @@ def make_run(run_id: str = "mnist-1", layers: int = 3, **fields: Any) -> Run:
 
 
 def make_batch(
-    steps: Sequence[int], layers: int = 3, *, nanos: Sequence[int] | None = None, seed: int = 0, **scalars: float
+    steps: Sequence[int],
+    layers: int = 3,
+    *,
+    nanos: Sequence[int] | None = None,
+    seed: int = 0,
+    statistics: str = "default",
+    **scalars: float,
 ) -> StepBatch:
     """Steps of plausible numbers: P about 0.1, D about 1.2 P, s about 3 P, a signal above the noise."""
     rng = np.random.default_rng([seed, steps[0]])
@@ -85,9 +91,11 @@ def make_batch(
         "grad_sq_norm": near(0.2),
         "variance_trace": near(1.6),
     }
-    columns = {name: values.get(name, near(0.5)) for name in selection.columns("default")}
+    columns = {name: values.get(name, near(0.5)) for name in selection.columns(statistics)}
     times = [step * SECOND // 10 for step in steps] if nanos is None else nanos
-    given = {"loss": 2.5, "examples": 16.0, **scalars}
+    # What is made of the examples' own numbers travels for the whole model, too.
+    whole = {name: 0.75 for name in columns if catalog.statistic(name).kind == "example"}
+    given = {"loss": 2.5, "examples": 16.0, **whole, **scalars}
     return pack_batch(
         steps, times, layers, columns, {name: np.full(len(steps), value) for name, value in given.items()}
     )

@@ -2,9 +2,13 @@
 
 import { Chart } from "./chart.js";
 import { Table } from "./table.js";
-import { count, duration, meaningOfRho, number, quantity, statistic } from "./words.js";
+import { MEANING_OF_UNRESOLVED, UNRESOLVED, count, duration, interval, meaningOfRho, number, quantity, statistic } from "./words.js";
 
-const READINGS = { batch_snr: "SNR", noise_scale: "Noise scale, examples", deviation_ratio: "R_t", maxva_beta: "β_t" };
+const READINGS = {
+  batch_snr: "SNR", noise_scale: "Noise scale", significant_share: "Significant elements",
+  consecutive_cosine: "Cosine with the last step", effective_examples: "Effective examples",
+  deviation_ratio: "R_t", maxva_beta: "β_t",
+};
 const POLL = 3000;
 const SILENT = 10;
 
@@ -229,27 +233,56 @@ function current() {
   return Object.fromEntries(Object.entries(numbers.table).map(([name, values]) => [name, values[row]]));
 }
 
+function isResolved() {
+  const { model, layers } = state.numbers.unresolved;
+  return state.layer ? !layers.includes(state.facts.layers.name.indexOf(state.layer)) : !model;
+}
+
+// Where on the ruler a ratio is, in per cent: two octaves to each side of 1.
+function place(ratio) {
+  return 50 + 25 * Math.max(-2, Math.min(2, Math.log2(ratio)));
+}
+
 function reading() {
   const values = current();
+  const { intervals, ...more } = state.numbers.chosen;
   const rho = values.variance_ratio ?? null;
+  const ends = intervals.variance_ratio;
   at("rho-title").textContent = state.layer || "Whole model";
   at("rho").textContent = number(rho);
-  at("rho-text").textContent = meaningOfRho(rho);
-  const mark = at("rho-mark");
+  at("rho-text").textContent = meaningOfRho(rho, ends);
+  const [mark, band] = [at("rho-mark"), at("rho-band")];
   mark.hidden = !(rho > 0);
-  if (rho > 0) mark.style.left = `${50 + 25 * Math.max(-2, Math.min(2, Math.log2(rho)))}%`;
-  at("readings").replaceChildren(...Object.entries(READINGS).map(([name, label]) => {
-    const row = element("div", "");
-    const term = element("dt", label, { tabIndex: 0 });
-    term.dataset.statistic = name;
-    row.append(term, element("dd", statistic(name, values[name])));
-    return row;
-  }));
+  if (rho > 0) mark.style.left = `${place(rho)}%`;
+  band.hidden = mark.hidden || !ends;
+  if (!band.hidden) {
+    band.style.left = `${place(ends[0])}%`;
+    band.style.width = `${place(ends[1]) - place(ends[0])}%`;
+  }
+  const rows = Object.entries(READINGS).map(([name, label]) =>
+    entry(name, label, statistic(name, values[name], isResolved()),
+      { text: interval(intervals[name]), title: "95 % interval over the window" }));
+  if (more.norm_median !== null) {
+    const largest = { text: `largest ${number(more.norm_max)}`, title: "Mean over the window of each step's largest norm" };
+    rows.splice(-2, 0, entry("norm_median", "Median norm", number(more.norm_median), largest));
+  }
+  at("readings").replaceChildren(...rows);
   const { num_layers: all, layers } = state.facts;
   const steps = state.numbers.window_steps;
   const part = layers.name.length < all ? `The first ${layers.name.length} of ${all} layers. ` : "";
   const window = steps > 1 ? `Over the last ${steps} measured steps; ratios are of sums. ` : "";
   at("layers-note").textContent = `${part}${window}Choose a row to chart it.`;
+}
+
+// One reading; beside its number stands a smaller note.
+function entry(name, label, text, note) {
+  const row = element("div", "", { className: text === UNRESOLVED ? "unresolved" : "" });
+  const term = element("dt", label, { tabIndex: 0 });
+  term.dataset.statistic = name;
+  const value = element("dd", text);
+  if (note.text) value.prepend(element("small", note.text, { title: note.title }), " ");
+  row.append(term, value);
+  return row;
 }
 
 function status(text, kind) {
@@ -276,7 +309,9 @@ function explain(event) {
   document.querySelector("[aria-describedby=tooltip]")?.removeAttribute("aria-describedby");
   if (!row) return;
   target.setAttribute("aria-describedby", "tooltip");
-  tooltip.textContent = `${row.help}.\n${row.symbol} = ${row.formula}\nUnit: ${row.unit}`;
+  const meaning = target.dataset.statistic === "noise_scale" ? `\n\n${MEANING_OF_UNRESOLVED}` : "";
+  const symbol = row.symbol === "–" ? "" : `${row.symbol} = `;
+  tooltip.textContent = `${row.help}.\n${symbol}${row.formula}\nUnit: ${row.unit}${meaning}`;
   const box = target.getBoundingClientRect();
   const { offsetWidth: width, offsetHeight: height } = tooltip;
   tooltip.style.left = `${Math.max(8, Math.min(box.left, innerWidth - width - 8))}px`;

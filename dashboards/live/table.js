@@ -1,15 +1,18 @@
 // The layer table: one row a layer, sortable, each row a choice of what the chart shows.
 
-import { NONE, count, statistic } from "./words.js";
+import { NONE, UNRESOLVED, count, statistic } from "./words.js";
 
 const HEADINGS = {
   batch_variance: "variance across\nexamples, P",
   step_variance: "step to\nstep, D",
   temporal_variance: "MaxVA's s\n(inflated)",
   variance_ratio: "ρ",
+  consecutive_cosine: "cosine,\nlast step",
   batch_snr: "SNR",
-  deviation_ratio: "R_t",
+  significant_share: "significant\nelements",
   noise_scale: "noise scale,\nexamples",
+  effective_examples: "effective\nexamples",
+  deviation_ratio: "R_t",
   maxva_beta: "β_t",
 };
 const COLUMNS = Object.keys(HEADINGS);
@@ -87,20 +90,21 @@ export class Table {
   }
 
   update(numbers) {
-    this.fill(this.model, (name) => numbers.model[name] ?? null);
-    this.rows.forEach((entry, at) => this.fill(entry, (name) => numbers.table[name][at]));
+    const hidden = new Set(numbers.unresolved.layers);
+    this.fill(this.model, (name) => numbers.model[name] ?? null, !numbers.unresolved.model);
+    this.rows.forEach((entry, at) => this.fill(entry, (name) => numbers.table[name][at], !hidden.has(at)));
     this.flag(numbers);
     if (this.sort.by) this.arrange();
   }
 
-  fill(entry, value) {
+  fill(entry, value, resolved) {
     COLUMNS.forEach((name, at) => {
       const found = value(name);
       entry.values[name] = found;
       const cell = entry.row.cells[at + 3];
-      const text = statistic(name, found);
+      const text = statistic(name, found, resolved);
       if (cell.textContent !== text) cell.textContent = text;
-      cell.className = text === NONE || text === "not resolved" ? "none" : "";
+      cell.className = text === NONE || text === UNRESOLVED ? "none" : "";
     });
   }
 

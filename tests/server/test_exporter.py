@@ -44,16 +44,8 @@ def labelled(samples: dict, label: str) -> set[str]:
 
 def test_every_exported_name_comes_from_the_catalogue_and_every_name_is_exported():
     live = live_with()
-    batch = make_batch(
-        [3],
-        gradient_scale=1.0,
-        learning_rate=0.1,
-        grad_norm=1.0,
-        clock_steps=1.0,
-        overhead_seconds=0.01,
-        dropped_steps=0.0,
-    )
-    live.append("a", batch)
+    scalars = {row.name: 1.0 for row in catalog.SCALARS if row.metric}
+    live.append("a", make_batch([3, 4, 5], statistics="full", **scalars))
     names = exported(live)
     assert set(names) == set(metric_names())
     metrics = {row.metric for row in (*catalog.STATISTICS, *catalog.SCALARS)}
@@ -65,6 +57,13 @@ def test_every_exported_name_comes_from_the_catalogue_and_every_name_is_exported
         "examples_per_second",
         "coverage_ratio",
         "last_data_timestamp_seconds",
+        "noise_scale_resolved",
+        "noise_scale_low_examples",
+        "noise_scale_high_examples",
+        "batch_snr_low_ratio",
+        "batch_snr_high_ratio",
+        "variance_low_ratio",
+        "variance_high_ratio",
         "gradiometer_exposition_dropped_series",
     }
 
@@ -143,6 +142,57 @@ def test_a_noise_scale_that_is_not_resolved_has_no_number_and_ranks_as_the_large
     assert "1" not in quantiles
 
 
+INTERVALS = {
+    "noise_scale": "noise_scale{}_examples",
+    "batch_snr": "batch_snr{}_ratio",
+    "variance_ratio": "variance{}_ratio",
+}
+
+
+@pytest.mark.parametrize("name", INTERVALS)
+def test_a_statistic_with_an_interval_has_its_two_ends_beside_it(name: str):
+    live = Live()
+    live.register(make_run("a", layers=3))
+    live.append("a", make_batch(range(8)))
+    view, found = live.view("a"), exported(live)
+    model, layers = view.model_interval(name), view.layers_interval(name)
+    for end in ("low", "high"):
+        metric = INTERVALS[name].format("_" + end)
+        assert found[f"gradiometer_run_{metric}"] == {(("run", "a"),): getattr(model, end)}
+        for index in range(3):
+            labels = (("layer", f"blocks.{index}"), ("run", "a"))
+            assert found[f"gradiometer_layer_{metric}"][labels] == pytest.approx(getattr(layers, end)[index])
+        assert f"gradiometer_layers_{metric}" not in found
+    assert model.low < view.model(name) < model.high
+
+
+def test_an_interval_that_does_not_exist_is_left_out():
+    found = exported(live_with())  # three steps
+    assert "gradiometer_run_batch_snr_ratio" in found
+    assert not [name for name in found if "_low" in name or "_high" in name or name.endswith("resolved")]
+
+
+def test_a_noise_scale_whose_interval_has_no_upper_end_is_told_so():
+    live = Live()
+    live.register(make_run("a", layers=2))
+    steps = range(6)
+    signal = np.array([[1.0, value] for value in (0.1, -0.1, 0.2, 0.1, -0.2, 0.1)])
+    columns = {"variance_trace": np.ones((6, 2)), "grad_sq_norm": signal}
+    live.append("a", pack_batch(steps, [0] * 6, 2, columns, {}))
+    found = exported(live)
+    assert found["gradiometer_run_noise_scale_resolved"] == {(("run", "a"),): 1.0}
+    assert labelled(found["gradiometer_layer_noise_scale_high_examples"], "layer") == {"blocks.0"}
+    assert labelled(found["gradiometer_layer_noise_scale_low_examples"], "layer") == {"blocks.0", "blocks.1"}
+    columns["grad_sq_norm"] = signal[:, ::-1] * [[1.0, 1e-9]]
+    live.append("a", pack_batch(steps, [1] * 6, 2, columns, {}))
+    found = exported(live)
+    assert found["gradiometer_run_noise_scale_resolved"] == {(("run", "a"),): 0.0}
+    assert "gradiometer_run_noise_scale_high_examples" not in found
+    assert found["gradiometer_run_noise_scale_low_examples"] == {
+        (("run", "a"),): live.view("a").model_interval("noise_scale").low
+    }
+
+
 def noisy(snr: list[float], nonfinite: list[float] | None = None):
     return batch_with(
         grad_sq_norm=snr, batch_variance=[1.0] * len(snr), nonfinite_examples=nonfinite or [0.0] * len(snr)
@@ -187,7 +237,7 @@ def test_the_choice_of_layers_does_not_flicker():
 
 
 def test_series_beyond_the_limit_are_dropped_and_counted():
-    statistics = sum(row.metric is not None for row in catalog.STATISTICS)
+    statistics = sum(1 + 2 * row.interval for row in catalog.STATISTICS if row.metric)
     found = exported(live_with(layers=10), ExportSettings(max_series=4 * statistics + 1))
     assert len(labelled(found["gradiometer_layer_batch_snr_ratio"], "layer")) == 4
     assert found["gradiometer_exposition_dropped_series"] == {(): 6 * statistics}

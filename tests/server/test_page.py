@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 
-from gradiometer.protos.columns import column_arrays, pack_batch
+from gradiometer.protos.columns import column_arrays, pack_batch, scalar_arrays
 from gradiometer.server.history import RunHistory
 from gradiometer.server.page import COLUMNS, SHOWN, catalogue, chart, facts, numbers, rounded
 from gradiometer.server.view import COMPARED
@@ -57,6 +57,32 @@ def test_a_noise_scale_below_zero_keeps_its_sign_for_the_page_to_tell():
     assert numbers(view_with(batch, layers=1))["table"]["noise_scale"] == [-0.5]
 
 
+def test_the_chosen_layers_intervals_and_norms_are_told():
+    view = view_with(make_batch(range(6)))
+    model, layer = numbers(view)["chosen"], numbers(view, layer=2)["chosen"]
+    assert set(model["intervals"]) == {"variance_ratio", "batch_snr", "noise_scale"}
+    assert model["intervals"]["noise_scale"] == rounded(view.model_interval("noise_scale"))
+    assert layer["intervals"]["batch_snr"] == rounded([end[2] for end in view.layers_interval("batch_snr")])
+    assert model["norm_max"] == 0.75
+    assert layer["norm_max"] == rounded(view.layers("norm_max"))[2]
+
+
+def test_too_few_steps_have_no_interval():
+    found = numbers(view_with(make_batch([0, 1])))
+    assert found["chosen"]["intervals"] == {}
+    assert found["unresolved"] == {"model": False, "layers": []}
+
+
+def test_a_noise_scale_without_an_upper_end_is_told_to_be_unresolved():
+    signal = np.array([[1.0, value] for value in (0.1, -0.1, 0.2, 0.1, -0.2, 0.1)])
+    batch = pack_batch(range(6), [0] * 6, 2, {"variance_trace": np.ones((6, 2)), "grad_sq_norm": signal}, {})
+    found = numbers(view_with(batch, layers=2), layer=1)
+    assert found["unresolved"] == {"model": False, "layers": [1]}
+    low, high = found["chosen"]["intervals"]["noise_scale"]
+    assert low > 0
+    assert high is None
+
+
 def test_the_chart_shows_the_model_or_one_layer():
     view = view_with(make_batch([0, 1]))
     model, layer = chart(view.points), chart(view.points, 1)
@@ -80,5 +106,5 @@ def test_the_page_explains_in_the_catalogues_words():
 def test_the_columns_behind_the_page_are_enough_to_form_it():
     batch = make_batch([0, 1])
     arrays = column_arrays(batch)
-    few = pack_batch([0, 1], batch.unix_nanos, 3, {name: arrays[name] for name in COLUMNS}, {})
-    assert numbers(view_with(few))["table"] == numbers(view_with(batch))["table"]
+    few = pack_batch([0, 1], batch.unix_nanos, 3, {name: arrays[name] for name in COLUMNS}, scalar_arrays(batch))
+    assert numbers(view_with(few)) == numbers(view_with(batch))

@@ -144,8 +144,39 @@ def names(page) -> list[str]:
 
 def test_what_is_missing_is_a_dash_and_what_is_not_resolved_is_said(shown):
     assert cell(shown, "blocks.0", 5) == "–"
-    assert cell(shown, "blocks.2", 9) == "not resolved"
+    assert cell(shown, "blocks.2", 10) == "not resolved"
     assert cell(shown, "blocks.0", 3) == "0.500"
+
+
+def reading(page, name: str) -> str:
+    return page.locator("#readings div", has=page.get_by_text(name, exact=True)).locator("dd").inner_text()
+
+
+def test_intervals_are_told_and_a_noise_scale_without_an_upper_end_is_not_resolved(browser):
+    live = Live()
+    with serving(live) as served:
+        served.do(live.register, make_run())
+        for number, signal in enumerate((0.1, -0.1, 0.2, 0.1, -0.15, 0.1)):
+            batch = step(number, norm_median=0.5, norm_max=2.0)
+            batch.columns["grad_sq_norm"] = make_column([5.0, 5.0, signal])
+            served.do(live.append, "mnist-1", batch)
+        with opened(browser, served.url) as page:
+            wait_for(page, "Step", "5")
+            assert float(cell(page, "blocks.0", 10)) > 0
+            assert cell(page, "blocks.2", 10) == "not resolved"
+            assert cell(page, "whole model", 10) != "not resolved"
+            assert " to " in reading(page, "SNR")
+            assert " to " in reading(page, "Noise scale")
+            assert reading(page, "Median norm") == "largest 2.00 0.500"
+            assert page.inner_text("#rho-text").startswith("Above 1 (95 %: 1.")
+            assert page.locator("#rho-band").is_visible()
+            row(page, "blocks.2").click()
+            page.get_by_role("heading", name="blocks.2").wait_for()
+            page.get_by_text("above ").wait_for()
+            assert reading(page, "Noise scale").endswith(" not resolved")
+            page.locator("#readings dt", has_text="Noise scale").focus()
+            page.get_by_role("tooltip").wait_for()
+            assert "over this window the signal can't be told from 0" in page.inner_text("#tooltip")
 
 
 def test_examples_that_are_not_finite_are_flagged_with_text(shown):
@@ -245,8 +276,24 @@ def test_numbers_are_put_into_words(shown):
         "2.00",
         "–",
     ]
+    assert in_page(shown, "words", "[0.05, 0, null].map((x) => m.statistic('significant_share', x))") == [
+        "5.00 %",
+        "0 %",
+        "–",
+    ]
     begins = in_page(shown, "words", "[null, 1, 1.5, 0.5].map((x) => m.meaningOfRho(x).slice(0, 7))")
     assert begins == ["ρ appea", "About 1", "Above 1", "Below 1"]
+
+
+def test_what_an_interval_says_comes_before_the_number(shown):
+    given = "[[1.5, [0.9, 2.5]], [1.05, [1.01, 1.1]], [0.95, [0.9, 0.99]]]"
+    told = in_page(
+        shown, "words", f"{given}.map(([x, ends]) => m.meaningOfRho(x, ends).split(':').slice(0, 2).join(':'))"
+    )
+    assert told == ["About 1 (95 %: 0.900 to 2.50)", "Above 1 (95 %: 1.01 to 1.10)", "Below 1 (95 %: 0.900 to 0.990)"]
+    ends = in_page(shown, "words", "[[12, 340], [12.3456, null], [null, null], undefined].map((x) => m.interval(x))")
+    assert ends == ["12.0 to 340", "above 12.3", "", ""]
+    assert in_page(shown, "words", "m.statistic('noise_scale', 12, false)") == "not resolved"
 
 
 @pytest.mark.parametrize(

@@ -13,20 +13,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gradiometer.server.exporter import metric_names
+from gradiometer.stats_core import catalog
 from tests.server_process import running_server
 from tests.trainer import Trainer
 from tests.webserver import make_batch, make_run, poll
 
 pytestmark = pytest.mark.system
 
-SCALARS = {
-    "learning_rate": 0.001,
-    "grad_norm": 1.0,
-    "clock_steps": 1.0,
-    "overhead_seconds": 0.004,
-    "dropped_steps": 0.0,
-    "gradient_scale": 1.0,
-}
+SCALARS = {row.name: 1.0 for row in catalog.SCALARS if row.metric}
 
 
 def fetch(url: str) -> str:
@@ -46,7 +40,7 @@ def server(tmp_path):
         for number, layers in enumerate((3, 200)):
             with Trainer(running.grpc, make_run(f"run-{number}", layers)) as trainer:
                 for step in range(5):
-                    trainer.step(make_batch([step], layers, nanos=[time.time_ns()], **SCALARS))
+                    trainer.step(make_batch([step], layers, nanos=[time.time_ns()], statistics="full", **SCALARS))
         yield running
 
 

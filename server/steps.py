@@ -1,0 +1,123 @@
+"""The measured steps of a window as arrays, each made when it is first asked for.
+
+`gradiometer.stats_core.window` forms every number from columns of shape ``(steps, layers)``. Of a large model that is
+much to go through for each of many numbers, and nearly always needless: where a column is there for whole steps or not
+at all, a window of one step that holds the mean of those steps has the same sums, and so has a model of one layer that
+holds the sums over layers.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["MeasuredStep", "Steps"]
+
+
+class MeasuredStep(NamedTuple):
+    """One measured step as it arrived.
+
+    Attributes:
+        step: its number. Unit: optimizer steps.
+        unix_nanos: when it was measured.
+        columns: catalogue name → values, shape ``(layers,)``.
+        scalars: scalar name → value; NaN where the step has none.
+    """
+
+    step: int
+    unix_nanos: int
+    columns: Mapping[str, np.ndarray]
+    scalars: Mapping[str, float]
+
+
+class _Whole(NamedTuple):
+    """A column that each step has for all layers or for none.
+
+    Attributes:
+        present: which steps have it, as bytes, to compare.
+        mean: over those steps, shape ``(1, layers)``; NaN where there are none.
+        total: over the layers, shape ``(steps, 1)``; NaN where a step lacks it.
+    """
+
+    present: bytes
+    mean: np.ndarray
+    total: np.ndarray
+
+
+class Steps:
+    """The window, never changed.
+
+    Args:
+        steps: in ascending order.
+        num_layers: of the run.
+
+    Example:
+        >>> import numpy as np
+        >>> steps = [MeasuredStep(at, 0, {"batch_variance": np.array([at, 4.0])}, {"loss": 0.5}) for at in range(3)]
+        >>> window = Steps(steps, num_layers=2)
+        >>> window.column("batch_variance")[:, 0], window.mean(["batch_variance"])["batch_variance"]
+        (array([0., 1., 2.]), array([[1., 4.]]))
+        >>> window.scalar("loss"), window.has("step_variance")
+        (array([0.5, 0.5, 0.5]), False)
+    """
+
+    def __init__(self, steps: Sequence[MeasuredStep], num_layers: int) -> None:
+        self._steps = steps
+        self._num_layers = num_layers
+        self._names = {name for step in steps for name in step.columns}
+        self._columns: dict[str, np.ndarray] = {}
+        self._wholes: dict[str, _Whole | None] = {}
+
+    def has(self, name: str) -> bool:
+        """True where some step has the column."""
+        return name in self._names
+
+    def column(self, name: str) -> np.ndarray:
+        """A travelling column, shape ``(steps, layers)``, one step at least; NaN where a step lacks it."""
+        found = self._columns.get(name)
+        if found is None:
+            found = np.full((max(1, len(self._steps)), self._num_layers), np.nan)
+            for place, step in enumerate(self._steps):
+                values = step.columns.get(name)
+                if values is not None:
+                    found[place] = values
+            self._columns[name] = found
+        return found
+
+    def scalar(self, name: str) -> np.ndarray:
+        """A number of each step, shape ``(steps,)``, one step at least; NaN where a step has none."""
+        return np.array([step.scalars.get(name, np.nan) for step in self._steps] or [np.nan])
+
+    def mean(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Columns as a window of one step with the same sums; as they are where there is no such window."""
+        names = tuple(names)
+        wholes = self._alike(names)
+        if wholes is None:
+            return {name: self.column(name) for name in names}
+        return {name: whole.mean for name, whole in zip(names, wholes, strict=True)}
+
+    def total(self, names: Iterable[str]) -> dict[str, np.ndarray] | None:
+        """Columns as those of a model of one layer with the same sums; None where there is no such model."""
+        names = tuple(names)
+        wholes = self._alike(names)
+        return None if wholes is None else {name: one.total for name, one in zip(names, wholes, strict=True)}
+
+    def _alike(self, names: tuple[str, ...]) -> list[_Whole] | None:
+        """The columns where they are there in the same steps, for all layers; else None."""
+        found = [self._whole(name) for name in names]
+        wholes = [whole for whole in found if whole is not None]
+        return wholes if len(wholes) == len(names) and len({whole.present for whole in wholes}) == 1 else None
+
+    def _whole(self, name: str) -> _Whole | None:
+        if name not in self._wholes:
+            values = self.column(name)
+            finite = np.isfinite(values)
+            present = finite.all(axis=1)
+            self._wholes[name] = None
+            if present.all() or (present.any() and np.array_equal(present, finite.any(axis=1))):
+                values = values if present.all() else values[present]
+                total = np.full((len(present), 1), np.nan)
+                total[present, 0] = values.sum(axis=1)
+                mean = values.mean(axis=0, keepdims=True)
+                self._wholes[name] = _Whole(present.tobytes(), mean, total)
+        return self._wholes[name]
