@@ -114,7 +114,7 @@ def attach(
         >>> with attach(model, optimizer, endpoint="off") as collector:
         ...     model(torch.ones(4, 3)).mean().backward()
         ...     collector.moments["weight"].sq_norms
-        tensor([3., 3., 3., 3.])
+        tensor([3., 3., 3., 3.], dtype=torch.float64)
     """
     given = {
         "unit": unit,

@@ -100,7 +100,7 @@ class HostRows:
         buffer = self._free.popleft()
         event = None
         if pieces:
-            flat = torch.cat([piece.detach().to(self._device, self._dtype).reshape(-1) for piece in pieces])
+            flat = torch.cat([self._here(piece).reshape(-1) for piece in pieces])
             buffer[: len(flat)].copy_(flat, non_blocking=True)
             if self._device.type == "cuda":
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -120,6 +120,12 @@ class HostRows:
             host = buffer.numpy().copy()
             self._free.append(buffer)
             yield self._unpacked(numbers, shapes, host)
+
+    def _here(self, piece: Tensor) -> Tensor:
+        """A piece in the buffer's type, on the device that the copy starts from."""
+        piece = piece.detach()
+        piece = piece if piece.device == self._device else piece.to(self._device)
+        return piece.to(self._dtype)
 
     def _pieces(self, numbers: StepNumbers) -> Iterator[Tensor]:
         """Everything that is on the device, in the order that `_unpacked` takes it."""

@@ -87,7 +87,7 @@ STATISTICS: tuple[Statistic, ...] = (
     ),
     # Element by element, across the examples.
     Statistic(
-        "active_elements", "–", "elements", "Elements whose gradient differs between examples", "#{j: M₂ⱼ > 0}",
+        "active_elements", "–", "elements", "Elements whose gradient differs between examples", "#{j: σ̂ⱼ > 0}",
         "sum", "default", ("m2",),
     ),
     Statistic(
@@ -164,7 +164,7 @@ STATISTICS: tuple[Statistic, ...] = (
     # Where the sign is taken.
     Statistic(
         "sign_signal", "–", "elements", "Squared mean of the examples' signs, added up (unbiased)",
-        "Σⱼ (n eⱼ² − 1)/(n − 1), e = mean sign gᵢ", "sum", "full", ("sign_mean", "m2"),
+        "Σⱼ (n eⱼ² − 1)/(n − 1), e = mean sign gᵢ; 0: a random sign", "sum", "full", ("sign_mean", "m2"),
     ),
     Statistic(
         "sign_noise", "–", "elements", "Variance of the examples' signs, added up (unbiased)",
@@ -172,12 +172,12 @@ STATISTICS: tuple[Statistic, ...] = (
     ),
     Statistic(
         "sign_disagreements", "–", "elements", "Active elements where the mean of signs and the mean differ in sign",
-        "#{j: sign eⱼ ≠ sign ḡⱼ}", "sum", "full", ("sign_mean", "mean", "m2"),
+        "Σ|sign eⱼ − sign ḡⱼ|/2", "sum", "full", ("sign_mean", "mean", "m2"),
     ),
     # What an optimizer of Adam's family makes of it.
     Statistic(
         "momentum_disagreements", "–", "elements", "Active elements where momentum and batch gradient differ in sign",
-        "#{j: sign mⱼ ≠ sign ḡⱼ}", "sum", "full", ("mean", "m2", "adam"),
+        "Σ|sign mⱼ − sign ḡⱼ|/2", "sum", "full", ("mean", "m2", "adam"),
     ),
     Statistic(
         "preconditioned_variance", "tr Σ/P²", "1", "Variance of the examples' gradients in Adam's geometry",

@@ -221,11 +221,13 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("statistics", ["default", "full,outliers"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_nothing_leaves_the_device_but_the_one_copy_of_the_summary(
     recorder: Recorder,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     accumulation: int,
+    statistics: str,
 ) -> None:
     chosen = case("gpt-positions-per-row")
     model = chosen.make()
@@ -249,7 +251,7 @@ def test_nothing_leaves_the_device_but_the_one_copy_of_the_summary(
         optimizer.step()
         collector.log(loss=loss)
 
-    with gm.attach(model, optimizer) as collector:
+    with gm.attach(model, optimizer, statistics=statistics) as collector:
         step()  # the first step checks the model
         with Watch() as plain:
             x + 1
