@@ -129,8 +129,8 @@ def hill_of(histogram: Histogram, share: float = 0.1) -> Tail:
 def pooled(histograms: Iterable[Histogram]) -> Histogram:
     """The histograms of several steps as one, each in units of the bucket that its own median is in.
 
-    A change of scale from step to step would otherwise look like a tail. One whose median is 0 has no unit and is left
-    out. The shifts are whole buckets, so that nothing is lost.
+    A change of scale from step to step would otherwise look like a tail. A step whose median lies in the zero bucket
+    has no unit and is left out. The shifts are whole buckets, so that nothing is lost.
 
     Returns:
         A histogram without a unit: 1 is the upper end of the bucket with the median.
