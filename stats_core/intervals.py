@@ -247,10 +247,10 @@ def snr_interval_of_step(
         * The order of the examples does not matter, nor a factor on all gradients.
 
     Edge cases:
-        ====================  ============================================
-        all gradients equal   NaN: there is no noise to compare with
-        ``mean_sq_norm == 0`` the high end is infinite
-        ====================  ============================================
+        ==============================  ==============================================
+        no noise beyond rounding        NaN: nothing to compare with (all gradients equal)
+        ``mean_sq_norm == 0``           the high end is infinite
+        ==============================  ==============================================
 
     Example:
         >>> import numpy as np
@@ -270,11 +270,10 @@ def snr_interval_of_step(
         )
     if weights is not None and tuple(weights.shape) != tuple(sq_norms.shape[:1]):
         raise ValueError(
-            f"snr_interval_of_step needs one weight an example, got weights of shape {tuple(weights.shape)} for "
-            f"sq_norms of shape {tuple(sq_norms.shape)}; pass weights of shape (examples,)"
+            f"snr_interval_of_step needs one weight an example, got weights of shape {tuple(weights.shape)}; "
+            f"pass weights of shape ({sq_norms.shape[0]},)"
         )
-    xp = namespace(sq_norms)
-    examples = sq_norms.shape[0]
+    xp, examples = namespace(sq_norms), sq_norms.shape[0]
     norms, dots = (xp.reshape(_wide(values), (examples, -1)) for values in (sq_norms, dots))
     raw = xp.ones_like(norms) if weights is None else xp.reshape(_wide(weights), (examples, 1)) + xp.zeros_like(norms)
     norms, dots = (_finite(xp.where(raw > 0, values, xp.zeros_like(values))) for values in (norms, dots))
@@ -283,13 +282,11 @@ def snr_interval_of_step(
     rest = xp.where(share < 1, 1 - share, xp.nan)
     s2 = xp.sum(share * share, axis=0)
     mean_norm, square_norm = xp.sum(share * norms, axis=0), xp.sum(share * share * norms, axis=0)
-    estimate, noise = _snr(mean_sq_norm, mean_norm, square_norm, s2)
-    without, _ = _snr(
-        (mean_sq_norm - 2 * share * dots + share * share * norms) / rest**2,
-        (mean_norm - share * norms) / rest,
-        (square_norm - share * share * norms) / rest**2,
-        (s2 - share * share) / rest**2,
-    )
+    least = 16 * float(xp.finfo(sq_norms.dtype).eps)
+    estimate, noise = _snr(mean_sq_norm, mean_norm, square_norm, s2, least)
+    left = mean_sq_norm - 2 * share * dots + share**2 * norms, square_norm - share**2 * norms, s2 - share**2
+    left_mean_sq_norm, left_square_norm, left_s2 = (value / rest**2 for value in left)
+    without, _ = _snr(left_mean_sq_norm, (mean_norm - share * norms) / rest, left_square_norm, left_s2, least)
     width = _jackknife(estimate, without, xp.astype(raw > 0, norms.dtype), level)
     power = estimate + noise
     root = width / 2 + xp.sqrt(width * width / 4 + power * power)
@@ -325,10 +322,12 @@ def snr_interval_of_moments(moments: Moments, level: float = 0.95) -> Interval:
     return snr_interval_of_step(moments.sq_norms, moments.dots, square_sum(moments.mean), moments.weights, level)
 
 
-def _snr(mean_sq_norm: Array, mean_norm: Array, square_norm: Array, s2: Array) -> tuple[Array, Array]:
-    """Signal and batch noise of the weighted pair, over one example's noise."""
+def _snr(mean_sq_norm: Array, mean_norm: Array, square_norm: Array, s2: Array, least: float) -> tuple[Array, Array]:
+    """Signal and batch noise of the weighted pair over one example's noise; NaN where rounding left none of that."""
+    xp = namespace(mean_norm)
     signal = divided(mean_sq_norm - square_norm, 1 - s2)
     trace = mean_norm - signal
+    trace = xp.where(trace > least * mean_norm, trace, xp.nan)
     return divided(signal, trace), divided(mean_sq_norm - signal, trace)
 
 
