@@ -15,7 +15,16 @@ import math
 from typing import Any, Literal, NamedTuple
 
 from gradiometer.stats_core import maxva
-from gradiometer.stats_core.arrays import Array, concrete_count, namespace, positive_or_one, total, widened
+from gradiometer.stats_core.arrays import (
+    Array,
+    concrete_count,
+    namespace,
+    positive_or_one,
+    signs,
+    square_sum,
+    total,
+    widened,
+)
 from gradiometer.stats_core.maxva import TemporalMoments
 from gradiometer.stats_core.moments import Moments
 from gradiometer.stats_core.noise import noise_sums
@@ -34,7 +43,7 @@ class AdamStep(NamedTuple):
 
     Attributes:
         momentum: m before the step, as the gradient points; NaN before the first step, where there is none.
-            Only its sign is used. Unit: loss / parameter.
+            Only its sign is used. Maybe the optimizer's own array, which the step moves on. Unit: loss / parameter.
         divisor: :math:`P = \sqrt{\hat v} + \epsilon` before the step, so that this step's gradient has no part in
             it; NaN before the first step. Same unit.
         divisor_after: the same with this step's gradient: what the step is divided by. Same unit.
@@ -140,9 +149,10 @@ def adam_step(
 
     def divisor_of(corrected: Array, weight: Array) -> Array:
         of_root = eps if eps_on == "corrected" else eps / weight**0.5
-        return xp.sqrt(corrected + eps_root) + of_root
+        return xp.sqrt(corrected if rootless else corrected + eps_root) + of_root
 
     eps, eps_root = _like(xp, eps, grad), _like(xp, eps_root, grad)
+    rootless = isinstance(eps_root, int | float) and eps_root == 0
     if largest is None:
         corrected, new_corrected = second / before, new_second / after
     elif largest_of == "raw":
@@ -165,7 +175,12 @@ def adam_step(
             change = rectified if rule.is_rectified else numerator
         else:
             change = xp.where(rule.is_rectified, rectified, numerator)
-    return AdamStep(first * exists, divisor, divisor_after, _like(xp, lr, grad) * change)
+    return AdamStep(
+        first if isinstance(exists, float) and exists == 1 else first * exists,
+        divisor,
+        divisor_after,
+        _like(xp, lr, grad) * change,
+    )
 
 
 def maxva_step(
@@ -331,22 +346,18 @@ def adam_sums(adam: AdamStep, moments: Moments, scale: Array = 1.0) -> dict[str,
     xp = namespace(adam.divisor)
     elements = max(1, math.prod(adam.divisor.shape))
     inverse, after = 1.0 / adam.divisor, 1.0 / adam.divisor_after
-    full = moments.m2 / positive_or_one(moments.weight_sum)
-    of_mean = full * _like(xp, _mean_over_full(moments), full)
-    of_example = full + of_mean
+    spread = total(moments.m2 * inverse * inverse) / positive_or_one(moments.weight_sum)
+    of_mean = spread * _mean_over_full(moments)  # one number for all elements: outside of the sum
     peak = positive_or_one(xp.max(after)) if math.prod(after.shape) else 1.0
-    unit = after / peak
     two_examples = _nan_below_two(moments.count)
-    signal = moments.mean * inverse
-    disagrees = (xp.sign(adam.momentum) != xp.sign(moments.mean)) & (moments.m2 > 0)
+    disagrees = (signs(adam.momentum) != signs(moments.mean)) & (moments.m2 > 0)
     disagreements = total(xp.astype(disagrees, adam.divisor.dtype))
     return {
-        "preconditioned_variance": total(of_example * inverse * inverse) * two_examples * scale,
-        "preconditioned_grad_sq_norm": total(signal * signal - of_mean * inverse * inverse) * two_examples * scale,
+        "preconditioned_variance": (spread + of_mean) * two_examples * scale,
+        "preconditioned_grad_sq_norm": (square_sum(moments.mean * inverse) - of_mean) * two_examples * scale,
         "inverse_root": total(after) / elements,
-        "inverse_root_sq": (total(unit * unit) / elements) * peak * peak,
-        # The divisors are subtracted, not their inverses: that is exact where the two are close.
-        "inverse_root_change": total(xp.abs(adam.divisor - adam.divisor_after) * inverse * after) / elements,
+        "inverse_root_sq": (square_sum(after / peak) / elements) * peak * peak,
+        "inverse_root_change": total(xp.abs(after - inverse)) / elements,
         "step_size": total(xp.abs(adam.step)) / elements,
         "momentum_disagreements": xp.where(xp.any(xp.isnan(adam.momentum)), xp.nan, disagreements),
     }
