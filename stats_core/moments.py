@@ -154,6 +154,8 @@ class Moments(NamedTuple):
 
         Guarantees:
             * Exact in exact arithmetic: merging shards in any order gives what one pass gives.
+            * float32, 2 to 16 shards: ``m2`` within 1e-4 of that (Frobenius norm) where means are up to 1e3 standard
+              deviations, within 1e-3 up to 1e4: a shard's mean has no more digits. It is never negative.
             * Moments with ``count`` 0 are the identity.
 
         Raises:
