@@ -329,6 +329,15 @@ def test_what_is_not_along_the_mean_lies_across_it_with_weights_too(grads: np.nd
     assert want >= 0
 
 
+def test_weights_that_are_nearly_equal_are_taken_for_equal_as_in_the_noise_sums() -> None:
+    # In one dimension all variance is along the mean: P∥ is P, also where the mean is 1,000 times the deviations and
+    # the weights differ by 5e-4, which in the weighted form would move both by 2·1,000·5e-4 of themselves.
+    rng = np.random.default_rng(16)
+    grads, weights = 1000 + rng.standard_normal((16, 1)), 1 + 5e-4 * rng.standard_normal(16)
+    whole = float(noise_sums(Moments.from_per_example(grads, weights)).batch_variance)
+    assert only(rows_of([grads], weights), "parallel_variance") == pytest.approx(whole, rel=1e-6)
+
+
 def test_with_unequal_weights_the_parallel_variance_keeps_its_sign() -> None:
     # Σw²(x² - x̄²)/(1 - s₂) of x = 1, 2 with w = .9, .1, x̄ = 1.1: (.81 * -.21 + .01 * 2.79)/.18.
     rows = rows_of([np.array([[1.0], [2.0]])], np.array([9.0, 1.0]))
