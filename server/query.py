@@ -34,6 +34,9 @@ __all__ = ["Reader"]
 Result = TypeVar("Result")
 _OF_STEPS = frozenset({"layers", "steps", "histograms", "examples"})
 _COLUMNS = tuple(row.name for row in catalog.WIRE)
+_HISTOGRAMS = tuple(row.name for row in catalog.STATISTICS if row.kind == "histogram")
+_EXAMPLES = "outliers"
+_KNOWN = dict.fromkeys((*_COLUMNS, *_HISTOGRAMS, _EXAMPLES), 0)
 
 
 class Reader:
@@ -90,7 +93,8 @@ class Reader:
             first_step: first step wanted.
             last_step: last step wanted, included; None for no end.
             layers: names of the layers wanted; empty for all.
-            columns: catalogue names of the columns wanted; empty for all.
+            columns: catalogue names of the columns and histograms wanted, and "outliers" for single examples; empty
+                for all. What comes in histograms: `gradiometer.protos.distributions`.
             limit: at most so many steps, the last ones of the range; None for all.
 
         Returns:
@@ -111,13 +115,15 @@ class Reader:
         known_layers = {layer.name: index for index, layer in enumerate(row.run.layers)}
         indices = [_found("layer", name, known_layers) for name in layers]
         for name in columns:
-            _found("column", name, dict.fromkeys(_COLUMNS, 0))
+            _found("column", name, _KNOWN)
         selection = Selection(
             row.run,
             first_step,
             last,
             tuple(sorted(set(indices))),
             tuple(name for name in _COLUMNS if not columns or name in columns),
+            tuple(name for name in _HISTOGRAMS if not columns or name in columns),
+            not columns or _EXAMPLES in columns,
             limit or None,
         )
         return read_range(Engine(self._segments, snapshot, self._checked), selection)

@@ -4,15 +4,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from gradiometer.protos.batch_pb2 import Event, Histogram, StepBatch, TopExample
-from gradiometer.protos.columns import COLUMN_DTYPE, pack_batch
+from gradiometer.protos.columns import COLUMN_DTYPE, UNIT_EXPONENT, in_unit, pack_batch
 from gradiometer.protos.run_pb2 import Coverage, Run, Uncovered
-from gradiometer.server.engine import Engine, identifiers
+from gradiometer.server.engine import Engine, identifiers, literal
 from gradiometer.stats_core import catalog
 
 __all__ = ["LAST_STEP", "Selection", "read_range"]
@@ -21,6 +22,9 @@ LAST_STEP = 2**63 - 1
 _PART_BYTES = 2 << 20
 _PARTS_AT_ONCE = 8
 _SCALARS = tuple(row.name for row in catalog.SCALARS)
+_HISTOGRAM_FIELDS = tuple(set(Histogram.DESCRIPTOR.fields_by_name) - {"step_index", "layer"})
+_ORDERS = {"histograms": "step, statistic, layer_index", "examples": "step, layer_index, place"}
+_HISTOGRAM_BYTES, _BUCKET_BYTES = 64, 6
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Selection:
         last_step: last step wanted, included.
         layers: indices of the layers wanted, ascending; empty for all.
         columns: names of the columns wanted.
+        histograms: names of the histograms wanted.
+        has_examples: True where single examples are wanted.
         limit: at most so many steps, the last ones; None for all.
     """
 
@@ -41,6 +47,8 @@ class Selection:
     last_step: int
     layers: tuple[int, ...]
     columns: tuple[str, ...]
+    histograms: tuple[str, ...]
+    has_examples: bool
     limit: int | None
 
     @property
@@ -78,19 +86,16 @@ def read_range(engine: Engine, selection: Selection) -> Iterator[StepBatch]:
     """
     with engine:
         steps = _find_steps(engine, selection)
-        per_step = 4 * selection.width * len(selection.columns) + 8 * (2 + len(steps.scalars))
-        per_part = max(1, _PART_BYTES // per_step)
         # What happened between two measured steps goes with the later one; what came after the last, with the last.
         since = selection.first_step if selection.limit is None or not len(steps.step) else int(steps.step[0])
-        bounds = range(0, len(steps.step), per_part * _PARTS_AT_ONCE)
-        for start in bounds:
-            window = steps.slice(start, start + per_part * _PARTS_AT_ONCE)
-            columns = _columns(engine, selection, window)
-            for first in range(0, len(window.step), per_part):
-                part = window.slice(first, first + per_part)
-                is_last = start + first + len(part.step) == len(steps.step)
-                until = selection.last_step if is_last else int(part.step[-1])
-                cut = {name: values[first : first + per_part] for name, values in columns.items()}
+        cuts = _parts(_sizes(engine, selection, steps))
+        while parts := list(islice(cuts, _PARTS_AT_ONCE)):
+            start, stop = parts[0][0], parts[-1][1]
+            columns = _columns(engine, selection, steps.slice(start, stop))
+            for first, end in parts:
+                part = steps.slice(first, end)
+                until = selection.last_step if end == len(steps.step) else int(part.step[-1])
+                cut = {name: values[first - start : end - start] for name, values in columns.items()}
                 yield _message(engine, selection, part, cut, since, until)
                 since = until + 1
         if not len(steps.step):
@@ -115,8 +120,48 @@ def _find_steps(engine: Engine, selection: Selection) -> _Steps:
     return _Steps(found["step"].to_numpy(), found["unix_nanos"].to_numpy(), found["arrival"].to_numpy(), scalars)
 
 
+def _sizes(engine: Engine, selection: Selection, steps: _Steps) -> np.ndarray:
+    """Bytes that each step takes in a message, about."""
+    sizes = np.full(len(steps.step), 4 * selection.width * len(selection.columns) + 8 * (2 + len(steps.scalars)))
+    if selection.histograms and len(steps.step) and not engine.is_empty("histograms"):
+        found = engine.fetch(
+            "SELECT step, arrival, "
+            f"CAST(sum({_HISTOGRAM_BYTES} + {_BUCKET_BYTES} * (len(positive_index) + len(negative_index))) AS BIGINT) "
+            f"AS bytes FROM {_distributions(engine, selection, 'histograms', steps)} GROUP BY step, arrival"
+        )
+        known = dict(zip(zip(steps.step.tolist(), steps.arrival.tolist(), strict=True), range(len(sizes)), strict=True))
+        for row in found.to_pylist():
+            place = known.get((row["step"], row["arrival"]))
+            if place is not None:
+                sizes[place] += row["bytes"]
+    return sizes
+
+
+def _parts(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where to cut, so that a part is small enough or a single step."""
+    ends, start = np.cumsum(sizes), 0
+    while start < len(sizes):
+        before = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + _PART_BYTES, side="right")))
+        yield start, stop
+        start = stop
+
+
+def _distributions(engine: Engine, selection: Selection, table: str, part: _Steps) -> str:
+    """SQL for the rows of a table that belong to some steps and are wanted."""
+    first, last = int(part.step[0]), int(part.step[-1])
+    wanted = f"step BETWEEN {first} AND {last}"
+    if selection.layers:
+        wanted += f" AND (layer_index < 0 OR layer_index IN ({', '.join(map(str, selection.layers))}))"
+    if table == "histograms":
+        wanted += f" AND statistic IN ({', '.join(map(literal, selection.histograms))})"
+    return f"(SELECT * FROM {engine.source(table, first, last)} WHERE {wanted})"
+
+
 def _columns(engine: Engine, selection: Selection, window: _Steps) -> dict[str, np.ndarray]:
     """The columns of some steps, shape ``(steps, layers)`` each; those that no batch had are left out."""
+    if not selection.columns:
+        return {}
     first, last = int(window.step[0]), int(window.step[-1])
     chosen = f" AND layer_index IN ({', '.join(map(str, selection.layers))})" if selection.layers else ""
     found = engine.fetch(
@@ -132,13 +177,17 @@ def _columns(engine: Engine, selection: Selection, window: _Steps) -> dict[str, 
     if selection.layers:
         layer = np.searchsorted(np.array(selection.layers), layer)
     where = (at[ours], layer[ours])
+    # On the wire they are what they were when they came: float32, in the step's unit.
+    exponents = None
+    if UNIT_EXPONENT in window.scalars:
+        exponents = np.nan_to_num(window.scalars[UNIT_EXPONENT]).astype(np.int64)
     columns = {}
     for name in selection.columns:
         if found[name].null_count == found.num_rows:
             continue
-        values = np.full((len(window.step), selection.width), np.nan, COLUMN_DTYPE)
+        values = np.full((len(window.step), selection.width), np.nan, COLUMN_DTYPE if exponents is None else np.float64)
         values[where] = _floats(found[name])[ours]
-        columns[name] = values
+        columns[name] = values if exponents is None else in_unit(name, values, exponents)
     return columns
 
 
@@ -158,34 +207,23 @@ def _present(scalars: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _add_distributions(engine: Engine, selection: Selection, batch: StepBatch, part: _Steps) -> None:
     place = {(step, arrival): index for index, (step, arrival) in enumerate(zip(part.step, part.arrival, strict=True))}
-    first, last = int(part.step[0]), int(part.step[-1])
-    for table in ("histograms", "examples"):
-        if engine.is_empty(table):
-            continue
-        rows = engine.fetch(
-            f"SELECT * FROM {engine.source(table, first, last)} WHERE step BETWEEN {first} AND {last} "
-            "ORDER BY arrival, step, layer_index"
-        )
-        for row in rows.to_pylist():
+    for table in _wanted_tables(engine, selection):
+        source = _distributions(engine, selection, table, part)
+        for row in engine.fetch(f"SELECT * FROM {source} ORDER BY {_ORDERS[table]}").to_pylist():
             index = place.get((row["step"], row["arrival"]))
-            layer = row["layer_index"]
-            if index is None or (selection.layers and layer >= 0 and layer not in selection.layers):
+            if index is None:
                 continue
             if table == "examples":
-                batch.examples.append(
-                    TopExample(
-                        step_index=index,
-                        layer=layer,
-                        place=row["place"],
-                        example_id=row["example_id"],
-                        sq_norm=row["sq_norm"],
-                    )
-                )
-            elif row["statistic"] in selection.columns or len(selection.columns) == len(catalog.WIRE):
-                fields = set(Histogram.DESCRIPTOR.fields_by_name) & row.keys() - {"layer"}
-                batch.histograms.append(
-                    Histogram(step_index=index, layer=layer, **{name: row[name] for name in fields})
-                )
+                fields = {name: row[name] for name in ("place", "example_id", "sq_norm")}
+                batch.examples.append(TopExample(step_index=index, layer=row["layer_index"], **fields))
+            else:
+                fields = {name: row[name] for name in _HISTOGRAM_FIELDS}
+                batch.histograms.append(Histogram(step_index=index, layer=row["layer_index"], **fields))
+
+
+def _wanted_tables(engine: Engine, selection: Selection) -> list[str]:
+    wanted = {"histograms": bool(selection.histograms), "examples": selection.has_examples}
+    return [table for table, is_wanted in wanted.items() if is_wanted and not engine.is_empty(table)]
 
 
 def _add_events(engine: Engine, batch: StepBatch, since: int, until: int) -> None:

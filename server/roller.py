@@ -122,6 +122,7 @@ class Roller:
             for kind in tables.SCHEMAS:
                 table = tables.build(kind, row.run, arrived)
                 if table.num_rows:
+                    table = tables.narrowed(table) if kind == "layers" else table
                     made.append(segments.write(self._directory.segments, row.run.run_id, kind, table))
         except OSError:
             for segment in made:

@@ -170,7 +170,8 @@ class RunView:
         """The chart's point of the last step; None before the first."""
         if not self.window:
             return None
-        layers = np.stack([self.compared_layers(name) for name in COMPARED]).astype(np.float32)
+        with np.errstate(over="ignore"):  # beyond float32 the chart has no place for it either
+            layers = np.stack([self.compared_layers(name) for name in COMPARED]).astype(np.float32)
         model = np.array([self.compared_model(name) for name in COMPARED])
         return Point(self.window[-1].step, model, layers)
 

@@ -361,7 +361,7 @@ SCALARS: tuple[Scalar, ...] = (
     Scalar("overhead_seconds", "seconds", "Time that measuring took on the training thread", "overhead_seconds"),
     Scalar("dropped_steps", "steps", "Measured steps that the publisher has dropped in this run", "dropped_steps"),
     Scalar("moments_missing", "parameters", "Parameters that a per-example optimizer found no Moments for"),
-    Scalar("unit_exponent", "1", "Columns are in units of 2^this for each power of a gradient; 0 but at wild scales"),
+    Scalar("unit_exponent", "1", "Columns travel in units of 2^this for each power of a gradient; readers undo it"),
     Scalar("radam_length", "steps", "RAdam's ρ_t: length of the simple average that its second moment is like",
            "radam_length_steps"),
     Scalar("radam_rectification", "ratio", "RAdam's r_t; 0 where its step is momentum", "radam_rectification_ratio"),

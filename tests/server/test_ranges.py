@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from gradiometer.protos.batch_pb2 import Event, StepBatch
+from gradiometer.protos.batch_pb2 import Event, StepBatch, TopExample
+from gradiometer.protos.checks import check_batch
 from gradiometer.protos.columns import column_arrays, pack_batch, scalar_arrays
 from gradiometer.server import ranges
 from gradiometer.server.store import EmbeddedStore
-from tests.server.batches import COLUMNS, PLACES, fill, full_batch, joined, make_batch, make_run, settings
+from gradiometer.stats_core import catalog
+from gradiometer.stats_core.errors import PeerFault
+from tests.server.batches import COLUMNS, PLACES, entry, fill, full_batch, joined, make_batch, make_run, settings
 
 
 @pytest.fixture
@@ -50,6 +54,9 @@ def test_nan_and_infinity_are_data(store: EmbeddedStore, place: str) -> None:
         "SELECT count_if(isnan(mean_sq_norm)) AS nans, count_if(isinf(mean_sq_norm)) AS infs FROM layers"
     )
     assert counted.to_pylist() == [{"nans": 1, "infs": 2}]
+    for condition, rows in (("isnan(mean_sq_norm)", 1), ("NOT isnan(mean_sq_norm)", 5), ("isfinite(mean_sq_norm)", 3)):
+        found = store.sql(f"SELECT count(*) AS rows FROM layers WHERE {condition}")
+        assert found.to_pylist() == [{"rows": rows}], condition
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -126,6 +133,106 @@ def test_histograms_examples_events_and_coverage_come_back_as_they_were(store: E
     (later,) = store.read("mnist", first_step=5)
     assert (list(later.steps), [e.text for e in later.events]) == ([7], ["after the last"])
     assert [(h.step_index, h.layer) for h in later.histograms] == [(0, 1)]
+
+
+def test_distributions_and_examples_can_be_chosen_by_name(store: EmbeddedStore) -> None:
+    sent = full_batch()
+    other = sent.histograms.add()
+    other.CopyFrom(sent.histograms[0])
+    other.statistic = "element_t_sq"
+    fill(store, "both", sent)
+    (norms,) = store.read("mnist", columns=["example_norm"])
+    assert [one.statistic for one in norms.histograms] == ["example_norm"]
+    assert (list(norms.steps), dict(norms.columns), len(norms.examples)) == ([4, 7], {}, 0)
+    (examples,) = store.read("mnist", columns=["outliers", "mean_sq_norm"])
+    assert [one.example_id for one in examples.examples] == ["cat.png", "7"]
+    assert (list(examples.columns), len(examples.histograms)) == (["mean_sq_norm"], 0)
+    (all_of_them,) = store.read("mnist")
+    assert sorted(one.statistic for one in all_of_them.histograms) == ["element_t_sq", "example_norm"]
+    with pytest.raises(PeerFault, match="needs columns that exist, got column='noise_scale'"):
+        store.read("mnist", columns=["noise_scale"])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_examples_come_back_from_the_largest(store: EmbeddedStore, place: str) -> None:
+    batch = make_batch(*range(40))
+    for index in range(40):
+        sizes = [math.nan, math.inf, *range(20, 0, -1)]
+        found = [TopExample(step_index=index, layer=-1, place=at, sq_norm=size) for at, size in enumerate(sizes)]
+        batch.examples.extend(found)
+    fill(store, place, batch)
+    (part,) = store.read("mnist")
+    check_batch(part, 2)
+    assert [(one.step_index, one.place) for one in part.examples] == [
+        (index, at) for index in range(40) for at in range(22)
+    ]
+
+
+def test_histograms_count_towards_the_size_of_a_part(store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "_PART_BYTES", 3000)
+    batch = make_batch(*range(12))
+    for index in (2, 3, 7):
+        batch.histograms.add(
+            step_index=index,
+            statistic="example_norm",
+            schema=3,
+            positive_index=range(400),
+            positive_count=[1] * 400,
+        )
+    fill(store, "segments", batch)
+    parts = list(store.read("mnist"))
+    assert [step for part in parts for step in part.steps] == list(range(12))
+    # A step with 400 buckets is more than a part holds, and stands alone.
+    assert [list(part.steps) for part in parts if part.histograms] == [[2], [3], [7]]
+    assert len(parts) == 6
+    assert len(list(store.read("mnist", columns=["mean_sq_norm"]))) == 1
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_gradients_of_extreme_scale_are_kept_and_read_back_bit_for_bit(store: EmbeddedStore, place: str) -> None:
+    exponents = np.array([60.0, math.nan, -75.0])
+    values = np.array([[1.5, math.nan], [0.1, 2.5], [3e38, 1e-45]], np.float32)
+    names = ("mean_sq_norm", "norm_max", "count")
+    sent = pack_batch([1, 2, 3], [0] * 3, 2, dict.fromkeys(names, values), {"unit_exponent": exponents})
+    fill(store, place, make_batch(0), sent, make_batch(4))
+    (part,) = store.read("mnist", first_step=1, last_step=3)
+    for name in names:
+        assert part.columns[name] == sent.columns[name]
+    assert np.array_equal(scalar_arrays(part)["unit_exponent"], exponents, equal_nan=True)
+    found = store.sql("SELECT mean_sq_norm, norm_max, count FROM layers WHERE layer = 'dense' AND step BETWEEN 1 AND 3")
+    rows = found.to_pylist()
+    assert math.isnan(rows[0]["mean_sq_norm"])
+    assert rows[1]["mean_sq_norm"] == 2.5
+    assert rows[2]["mean_sq_norm"] == float(values[2, 1]) * 2.0**-150
+    assert rows[2]["norm_max"] == float(values[2, 1]) * 2.0**-75
+    assert rows[2]["count"] == values[2, 1]
+    (top,) = store.sql("SELECT max(mean_sq_norm) AS top FROM layers WHERE NOT isnan(mean_sq_norm)")["top"].to_pylist()
+    assert top == 1.5 * 2.0**120
+
+
+def test_segments_of_an_earlier_release_are_read_beside_new_ones(
+    store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Theirs had float32 throughout, and none of the columns that came later."""
+    late = [row.name for row in catalog.WIRE if row.name not in (*COLUMNS, "count")]
+
+    def old(table: pa.Table) -> pa.Table:
+        kept = table.drop_columns(late)
+        return kept.cast(pa.schema([f.with_type(pa.float32()) if f.name in COLUMNS else f for f in kept.schema]))
+
+    sent = [make_batch(0, 1), make_batch(2), make_batch(3)]
+    with monkeypatch.context() as patched:
+        patched.setattr("gradiometer.server.tables.narrowed", old)
+        fill(store, "segments", sent[0])
+    store.append(entry(2, sent[1])).result(30)
+    store.roll()
+    store.append(entry(3, sent[2])).result(30)
+    (part,) = store.read("mnist")
+    assert list(part.steps) == [0, 1, 2, 3]
+    for name in COLUMNS:
+        assert part.columns[name] == b"".join(batch.columns[name] for batch in sent)
+    found = store.sql("SELECT mean_sq_norm, norm_max FROM layers")
+    assert [found.schema.field(name).type for name in ("mean_sq_norm", "norm_max")] == [pa.float64()] * 2
 
 
 def test_events_come_once_each_whatever_the_parts(store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,14 +9,14 @@ import pytest
 from gradiometer.protos.batch_pb2 import Event, Histogram, StepBatch, TopExample
 from gradiometer.protos.columns import column_arrays, pack_batch
 from gradiometer.protos.run_pb2 import Coverage, Uncovered
-from gradiometer.server.tables import SCHEMAS, build, empty
+from gradiometer.server.tables import SCHEMAS, build, empty, narrowed
 from gradiometer.stats_core import catalog
 from tests.server.batches import make_batch, make_run
 
 
 def test_every_travelling_statistic_and_every_scalar_has_a_column() -> None:
     for row in catalog.WIRE:
-        assert SCHEMAS["layers"].field(row.name).type == pa.float32()
+        assert SCHEMAS["layers"].field(row.name).type == (pa.float64() if row.power else pa.float32())
     for scalar in catalog.SCALARS:
         assert SCHEMAS["steps"].field(scalar.name).type == pa.float64()
     for row in catalog.STATISTICS:
@@ -28,6 +28,39 @@ def test_every_table_says_run_step_and_arrival() -> None:
     for schema in SCHEMAS.values():
         assert schema.names[:2] == ["run", "step"]
         assert "arrival" in schema.names
+
+
+def wild(exponent: float) -> StepBatch:
+    columns = {name: np.array([[1.5, math.nan]]) for name in ("count", "mean_sq_norm", "norm_max")}
+    return pack_batch([7], [0], 2, columns, {"unit_exponent": np.array([exponent])})
+
+
+def test_columns_are_true_values_whatever_the_unit_of_the_step() -> None:
+    for exponent in (0.0, 100.0, -100.0, math.nan):
+        found = build("layers", make_run(), [(1, wild(exponent))])
+        power = 0.0 if math.isnan(exponent) else exponent
+        assert found["count"].to_pylist()[0] == 1.5
+        assert found["norm_max"].to_pylist()[0] == 1.5 * 2**power
+        assert found["mean_sq_norm"].to_pylist()[0] == 1.5 * 2 ** (2 * power)
+        assert math.isnan(found["mean_sq_norm"].to_pylist()[1])
+
+
+def test_numbers_that_float32_holds_are_kept_as_such_and_others_are_not() -> None:
+    plain = build("layers", make_run(), [(1, make_batch(1)), (2, wild(0.0))])
+    kept = narrowed(plain)
+    assert {kept.schema.field(row.name).type for row in catalog.WIRE} == {pa.float32()}
+    for name in plain.schema.names:
+        assert kept[name].null_count == plain[name].null_count
+    assert kept["mean_sq_norm"].cast(pa.float64()).to_pylist()[:2] == plain["mean_sq_norm"].to_pylist()[:2]
+    other = narrowed(build("layers", make_run(), [(1, make_batch(1)), (2, wild(-100.0))]))
+    kinds = {name: other.schema.field(name).type for name in ("count", "mean_sq_norm", "norm_max", "variance_trace")}
+    # 1.5 · 2^-100 is a float32, its square is not.
+    assert kinds == {
+        "count": pa.float32(),
+        "mean_sq_norm": pa.float64(),
+        "norm_max": pa.float32(),
+        "variance_trace": pa.float32(),
+    }
 
 
 def test_rows_of_layers_are_sorted_by_layer_then_step() -> None:
