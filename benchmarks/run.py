@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NOT_BENCHMARKS = {"run.py", "interleaved.py", "__init__.py"}
+NOT_BENCHMARKS = {"run.py", "interleaved.py", "coverage.py", "simulation.py", "__init__.py"}
 
 if __name__ == "__main__":
     for path in sorted(HERE.glob("*.py")):

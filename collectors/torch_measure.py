@@ -80,14 +80,32 @@ class StepMeasurer:
             return None
         moments = batch.all()
         self._register(batch, moments)
-        summary, measured = self._summary(moments, is_past=not skipped, with_optimizer=with_optimizer)
-        scalars = self._scalars(batch, moments, skipped=skipped)
+        squares = {} if skipped else self._grad_squares()
+        scalars: dict[str, Any] = {"examples": batch.examples, "skipped": int(skipped)}
+        if self._optimizer is not None:
+            scalars["learning_rate"] = self._optimizer.param_groups[0].get("lr", math.nan)
+        if squares:
+            scalars["grad_norm"] = torch.stack([*squares.values()]).sum().sqrt()
+        places = [at for at, layer in enumerate(self._layers) if all(p in moments for p in layer.parameters)]
+        layers = [self._layers[at].parameters for at in places]
+        in_order = list(dict.fromkeys([*itertools.chain(*layers), *moments]))
+        summary = Summary(0, {})
+        if in_order:
+            of_batch = batch_sums([moments[parameter] for parameter in in_order], self._wanted)
+            scale = _gradient_scale(squares, moments, dict(zip(in_order, of_batch["mean_sq_norm"], strict=True)))
+            if scale is not None:
+                scalars["gradient_scale"] = scale
+            added = {} if skipped else self._added(moments, in_order, of_batch, scale, with_optimizer=with_optimizer)
+            parts = [[self._part(p, moments[p], *added.get(p, ({}, {}))) for p in parameters] for parameters in layers]
+            if parts:
+                first = {name: values[: sum(map(len, layers))] for name, values in of_batch.items()}
+                summary = summarized(parts, first, self._wanted)
         if self._adam is not None and with_optimizer and not skipped:
             scalars.update(self._adam.radam_scalars())
         if self._last_step is not None:
             scalars["clock_steps"] = step - self._last_step
         self._last_step = step
-        return StepNumbers(step, time.time_ns(), summary, measured, scalars, batch.ids)
+        return StepNumbers(step, time.time_ns(), summary, places, scalars, batch.ids)
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept through time."""
@@ -100,34 +118,12 @@ class StepMeasurer:
             self._own.load_state_dict(state)
         self._last_step = state["last_step"]
 
-    def _summary(
-        self, moments: Mapping[nn.Parameter, Moments], *, is_past: bool, with_optimizer: bool
-    ) -> tuple[Summary, list[int]]:
-        """The step's summary of the layers that were measured whole, and their places in the run.
-
-        Args:
-            moments: of the step.
-            is_past: True where the step belongs to what is kept through time.
-            with_optimizer: True where the optimizer's state is still that of the step before.
-        """
-        places = [at for at, layer in enumerate(self._layers) if all(p in moments for p in layer.parameters)]
-        layers = [self._layers[at].parameters for at in places]
-        in_order = list(dict.fromkeys([*itertools.chain(*layers), *moments]))
-        if not in_order:
-            return Summary(0, {}), []
-        of_batch = batch_sums([moments[parameter] for parameter in in_order], self._wanted)
-        added = self._through_time(moments, in_order, of_batch, with_optimizer=with_optimizer) if is_past else {}
-        parts = [[self._part(p, moments[p], *added.get(p, ({}, {}))) for p in parameters] for parameters in layers]
-        if not parts:
-            return Summary(0, {}), []
-        first = {name: values[: sum(map(len, layers))] for name, values in of_batch.items()}
-        return summarized(parts, first, self._wanted), places
-
-    def _through_time(
+    def _added(
         self,
         moments: Mapping[nn.Parameter, Moments],
         in_order: Sequence[nn.Parameter],
         of_batch: Mapping[str, Array],
+        scale: Array | None,
         *,
         with_optimizer: bool,
     ) -> dict[nn.Parameter, tuple[dict[str, Array], dict[str, Sketch]]]:
@@ -142,7 +138,7 @@ class StepMeasurer:
                 rule = None if seen is None else seen(parameter)
                 added[parameter] = self._own.feed(parameter, moments[parameter], its_batch, rule)
         if self._adam is not None and with_optimizer:
-            for parameter, sums in self._adam.sums(moments).items():
+            for parameter, sums in self._adam.sums(moments, 1.0 if scale is None else scale).items():
                 added.setdefault(parameter, ({}, {}))[0].update(sums)
         return added
 
@@ -154,26 +150,13 @@ class StepMeasurer:
             sketches["element_t_sq"] = sketch_fixed(t_squares(moments))
         return Part(moments, parameter.numel(), sums, sketches)
 
-    def _scalars(
-        self, batch: LogicalBatch, moments: Mapping[nn.Parameter, Moments], *, skipped: bool
-    ) -> dict[str, Any]:
-        scalars: dict[str, Any] = {"examples": batch.examples, "skipped": int(skipped)}
-        if self._optimizer is not None:
-            scalars["learning_rate"] = self._optimizer.param_groups[0].get("lr", math.nan)
-        grads = {
-            parameter: widened(parameter.grad)
+    def _grad_squares(self) -> dict[nn.Parameter, Tensor]:
+        """Squared norm of each gradient as the optimizer sees it."""
+        return {
+            parameter: square_sum(widened(parameter.grad))
             for parameter in self._plan.names
             if parameter.grad is not None and not parameter.grad.is_sparse
         }
-        if skipped or not grads:
-            return scalars
-        total: Tensor = sum(square_sum(grad) for grad in grads.values())
-        scalars["grad_norm"] = total.sqrt()
-        both = [parameter for parameter in grads if parameter in moments]
-        if both:
-            means = [moments[parameter].mean for parameter in both]
-            scalars["gradient_scale"] = maxva.gradient_scale([grads[parameter] for parameter in both], means)
-        return scalars
 
     def _register(self, batch: LogicalBatch, moments: Mapping[nn.Parameter, Moments]) -> None:
         """Register the run with the first step; later, say where the coverage has changed."""
@@ -193,3 +176,22 @@ class StepMeasurer:
             run.config["batch_size"] = str(batch.examples)
             self._reporter.open(self._wanted)
         self._uncovered = uncovered
+
+
+def _gradient_scale(
+    squares: Mapping[nn.Parameter, Tensor],
+    moments: Mapping[nn.Parameter, Moments],
+    of_means: Mapping[nn.Parameter, Array],
+) -> Tensor | None:
+    """As `maxva.gradient_scale`, from squared norms that were formed already, where they have room for any scale."""
+    both = [parameter for parameter in squares if parameter in of_means]
+    if not both:
+        return None
+    seen = torch.stack([squares[parameter] for parameter in both]).sum()
+    if seen.dtype != torch.float64:
+        means = [moments[parameter].mean for parameter in both]
+        scale: Tensor = maxva.gradient_scale([widened(parameter.grad) for parameter in both], means)
+        return scale
+    measured = torch.stack([of_means[parameter] for parameter in both]).sum()
+    scale = seen / measured
+    return torch.where((measured > 0) & torch.isfinite(scale), scale, torch.ones_like(scale))

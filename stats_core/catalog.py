@@ -373,8 +373,11 @@ SCALARS: tuple[Scalar, ...] = (
     ),
 )  # fmt: skip
 
-IN_OPTIMIZER_UNITS = frozenset({"temporal_variance", "temporal_variance_prior", "deviation_sq"})
-"""Sums in the units of the gradient that the optimizer saw, where the temporal state is the optimizer's own."""
+IN_OPTIMIZER_UNITS = frozenset({
+    "temporal_variance", "temporal_variance_prior", "deviation_sq",
+    "inverse_root", "inverse_root_sq", "inverse_root_change",
+})  # fmt: skip
+"""What is in the units of the gradient that the optimizer saw, where the temporal state is the optimizer's own."""
 
 _BY_NAME = {row.name: row for row in STATISTICS}
 WIRE: tuple[Statistic, ...] = tuple(row for row in STATISTICS if row.kind in ("sum", "mean", "count", "example"))
