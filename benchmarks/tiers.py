@@ -1,9 +1,10 @@
-"""What each tier of statistics costs, as a share of a training step: a transformer of 10 million parameters, one thread.
+"""What each tier of statistics costs, as a share of a training step: a transformer of 10 million parameters.
 
 The collector by itself (per-example gradients and their Moments) is timed as it is with nothing published; a tier's
 cost is what its numbers add to that: they are formed, copied and handed over to a publisher that has a real server.
 Each tier is timed twice: from within, by a clock around what it adds, and from without, as the difference of whole
-steps taken in turn, which is the noisier one.
+steps taken in turn, which is the noisier one. All is in the time that the training thread had the processor, on
+one thread, so that what else runs on the machine takes as little part as it can.
 """
 
 import functools
@@ -48,11 +49,11 @@ def clocked(kind: type, name: str, spent: list[float]) -> None:
 
     @functools.wraps(method)
     def timed(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             return method(*args, **kwargs)
         finally:
-            spent[-1] += time.perf_counter() - start
+            spent[-1] += time.thread_time() - start
 
     setattr(kind, name, timed)
 
@@ -88,7 +89,7 @@ def main() -> None:
         stage.start_server()
         kinds = ("plain AdamW", "plain again (control)", "the collector alone", *TIERS)
         ways = {kind: trainer(kind, stage.grpc, spent) for kind in kinds}
-        medians = interleaved(ways, repeats=REPEATS)
+        medians = interleaved(ways, repeats=REPEATS, clock=time.thread_time)
     size = sum(parameter.numel() for parameter in ByteGPT(WIDTH, HEADS, DEPTH, CONTEXT).parameters())
     show(f"PyTorch, {size / 1e6:.1f} M parameters, B {BATCH}, T {CONTEXT}, one thread, all steps measured", medians)
     plain, collector = medians["plain AdamW"], medians["the collector alone"]

@@ -373,10 +373,9 @@ SCALARS: tuple[Scalar, ...] = (
     ),
 )  # fmt: skip
 
-IN_OPTIMIZER_UNITS = frozenset({
-    "temporal_variance", "temporal_variance_prior", "deviation_sq",
-    "inverse_root", "inverse_root_sq", "inverse_root_change",
-})  # fmt: skip
+IN_OPTIMIZER_UNITS = frozenset(
+    row.name for row in STATISTICS if row.name.startswith(("temporal_variance", "deviation_sq", "inverse_root"))
+)
 """What is in the units of the gradient that the optimizer saw, where the temporal state is the optimizer's own."""
 
 _BY_NAME = {row.name: row for row in STATISTICS}

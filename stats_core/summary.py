@@ -144,9 +144,7 @@ def summarized(layers: Sequence[Sequence[Part]], of_batch: Mapping[str, Array], 
     )
 
 
-def _added_up(
-    layers: Sequence[Sequence[Part]], of_batch: Mapping[str, Array], wanted: Selection
-) -> dict[str, Array]:
+def _added_up(layers: Sequence[Sequence[Part]], of_batch: Mapping[str, Array], wanted: Selection) -> dict[str, Array]:
     """The columns that add up over parameters: one table of numbers by parameter, summed over each layer's own."""
     parts = [part for layer in layers for part in layer]
     mean_sq_norm = of_batch["mean_sq_norm"]
