@@ -30,9 +30,7 @@ _NORM = "loss/parameter"
 
 STATISTICS: tuple[Statistic, ...] = (
     # What one batch says of itself: sums of norms, mean and variance.
-    Statistic(
-        "count", "n", "examples", "Examples in the logical batch", "n", "count", "light", ("count",), "batch_examples"
-    ),
+    Statistic("count", "n", "examples", "Examples of the batch", "n", "count", "light", ("count",), "batch_examples"),
     Statistic(
         "effective_count", "1/s₂", "examples",
         "Effective number of examples under their weights (Kish)", "(Σa)²/Σa²",
