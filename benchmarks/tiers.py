@@ -65,7 +65,7 @@ def trainer(kind: str, endpoint: str, spent: list[float]) -> Callable[[], None]:
     if kind == "the collector alone":
         gm.attach(model, optimizer, endpoint="off", every=1)
     elif kind in TIERS:
-        gm.attach(model, optimizer, run=f"tiers-{len(within)}", endpoint=endpoint, statistics=TIERS[kind])
+        gm.attach(model, optimizer, endpoint=endpoint, statistics=TIERS[kind])
     rows = torch.randint(256, (BATCH, CONTEXT + 1))
     seconds = within.setdefault(kind, [])
 
