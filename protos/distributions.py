@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from gradiometer.protos.batch_pb2 import Histogram, TopExample
+from gradiometer.stats_core import histogram
 from gradiometer.stats_core.catalog import statistic
 from gradiometer.stats_core.examples import Outliers
 from gradiometer.stats_core.histogram import SCHEMA, Sketch
 
-__all__ = ["pack_examples", "pack_histograms"]
+__all__ = ["pack_examples", "pack_histograms", "unpack_histogram"]
 
 _WHOLE_MODEL = -1
 _LONGEST_ID = 256
@@ -53,6 +54,25 @@ def pack_histograms(name: str, sketch: Sketch, step_index: int, exponent: int = 
         )
         for layer in np.flatnonzero((np.diff(ends) > 0) | (zero_counts > 0)).tolist()
     ]
+
+
+def unpack_histogram(message: Histogram) -> histogram.Histogram:
+    """What a message counts, to merge and to ask for quantiles.
+
+    Example:
+        >>> unpack_histogram(Histogram(statistic="element_t_sq", schema=3, positive_index=[0, 8], positive_count=[3, 1]))
+        Histogram(schema=3, zero_threshold=0.0, zero_count=0, positive_index=(0, 8), positive_count=(3, 1),
+            negative_index=(), negative_count=())
+    """
+    return histogram.Histogram(
+        schema=message.schema,
+        zero_threshold=message.zero_threshold,
+        zero_count=message.zero_count,
+        positive_index=message.positive_index,
+        positive_count=message.positive_count,
+        negative_index=message.negative_index,
+        negative_count=message.negative_count,
+    )
 
 
 def pack_examples(

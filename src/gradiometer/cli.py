@@ -140,12 +140,12 @@ def report(
     window: Annotated[int, typer.Option(min=1, help="Steps that the table of layers speaks of.")] = 64,
 ) -> None:
     """A short report of a run: its layers, and what the numbers mean."""
-    from gradiometer.server.report import render
     from gradiometer.server.report import report as read
+    from gradiometer.server.report_text import render
 
     console = Console()
     with _reader(data, endpoint) as reader:
-        found = read(reader, run)
+        found = read(reader, run, window=window)
     if not found:
         typer.echo(_NO_RUNS)
     for one in found:

@@ -9,7 +9,8 @@ from rich.live import Live
 from gradiometer.demo.screen import Screen, Watch
 from gradiometer.demo.stage import Job, Stage, run_name
 from gradiometer.server.remote import RemoteStore
-from gradiometer.server.report import render, report
+from gradiometer.server.report import report
+from gradiometer.server.report_text import render
 from gradiometer.stats_core.errors import GradiometerError
 
 __all__ = ["play"]

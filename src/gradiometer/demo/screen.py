@@ -13,7 +13,8 @@ from gradiometer.protos.batch_pb2 import StepBatch
 from gradiometer.protos.query_pb2 import RunStatus
 from gradiometer.protos.run_pb2 import Run
 from gradiometer.server.remote import RemoteStore
-from gradiometer.server.report import RunReport, layer_table, noise_scale_text, number
+from gradiometer.server.report import RunReport
+from gradiometer.server.report_text import layer_table, noise_scale_text, number
 from gradiometer.stats_core.errors import GradiometerError
 
 __all__ = ["Screen", "Watch"]
@@ -109,7 +110,7 @@ class Screen:
             numbers = "  ".join(f"{label} {number(run.model(name))}" for label, name in shown.items())
             said.append(
                 f"{job.title}: step {run.steps[-1] + 1}/{job.steps}  loss {number(_last_loss(run))}  {numbers}  "
-                f"noise scale {noise_scale_text(run.model('noise_scale'))}"
+                f"noise scale {noise_scale_text(run.model('noise_scale'), run.model_interval('noise_scale').high)}"
             )
         return said
 
