@@ -13,7 +13,11 @@ import pytest
 from gradiometer.collectors.publisher import Publisher
 from gradiometer.protos import query_pb2, query_pb2_grpc
 from gradiometer.protos.columns import column_arrays, scalar_arrays
+from gradiometer.server.remote import RemoteStore
+from gradiometer.server.report import report
 from gradiometer.stats_core import selection
+from gradiometer.stats_core.examples import outliers
+from gradiometer.stats_core.histogram import sketch_rows
 from tests.fake_ingest import eventually, layers, spools
 
 NAMES = selection.columns("default")
@@ -91,6 +95,35 @@ def test_a_server_killed_while_the_job_runs_has_every_step_exactly_once(server: 
     assert count == step
     assert found == {number: (float(number), number / 2) for number in range(step)}
     assert spools(spool_folder) == []
+
+
+def test_distributions_single_examples_and_extreme_scales_are_in_the_report(server: RealServer) -> None:
+    asked = ["default", "outliers", "example_norm", "element_deviation_ratio"]
+    rng = np.random.default_rng(0)
+    with Publisher("a", server.endpoint, params=layers(), config={"statistics": asked}) as publisher:
+        for step in range(6):
+            norms = (rng.pareto(2.0, (2, 300)) + 1).astype(np.float32)
+            norms[0, 0] = 1000.0 + step
+            sketches = {"example_norm": sketch_rows(norms), "element_deviation_ratio": sketch_rows(norms**2)}
+            found = outliers(norms[0] ** 2, 2)
+            scalars = {"unit_exponent": 60.0, "norm_median": 1.5}
+            ids = [f"image-{row}" for row in range(300)]
+            publisher.record_rows(step, rows(2.0), scalars, step, sketches=sketches, outliers=found, ids=ids)
+        eventually(lambda: publisher._outbox.acknowledged > 0 and publisher._outbox.is_empty)
+    with RemoteStore(server.endpoint) as store:
+        (run,) = report(store, "a", window=4)
+    assert run.layers("batch_variance").tolist() == [2 * 2.0**120] * 2
+    assert run.layers("count").tolist() == [2.0, 2.0]
+    assert run.model("norm_median") == 1.5 * 2.0**60
+    assert [(one.example_id, one.step, one.norm / 2.0**60) for one in run.distributions.largest(1)] == [
+        ("image-0", 5, 1005.0)
+    ]
+    assert run.distributions.layer("example_norm", 1).count == 4 * 300
+    assert run.distributions.layer("example_norm", 1).quantile(0.5) == pytest.approx(2**0.5 * 2.0**60, rel=0.2)
+    assert run.distributions.layer("element_deviation_ratio", 1).quantile(0.5) == pytest.approx(2, rel=0.4)
+    tail = run.distributions.tail(1)
+    assert tail is not None
+    assert abs(tail.alpha - 2) < 4 * tail.standard_error
 
 
 def test_a_job_that_never_saw_its_server_is_sent_by_the_next(server: RealServer, spool_folder: Path) -> None:
