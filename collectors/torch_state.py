@@ -110,9 +110,11 @@ class AdamState:
 
         Args:
             moments: of the batch; parameters without are passed over.
-            scale: squared norm of the gradient that the optimizer sees over that of the measured mean, as
+            scale: squared norm of ``.grad`` over that of the measured mean, as
                 `gradiometer.stats_core.adam.adam_sums`.
         """
+        loss_scale = getattr(self._optimizer, "grad_scale", None)  # as `_seen`: the optimizer divides by it
+        scale = scale if loss_scale is None else scale / loss_scale / loss_scale
         return {
             parameter: adam_sums(step, moments[parameter], scale)
             for parameter, step in self.steps(moments)

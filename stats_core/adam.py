@@ -25,6 +25,7 @@ from gradiometer.stats_core.arrays import (
     total,
     widened,
 )
+from gradiometer.stats_core.elements import active_elements, element_limits
 from gradiometer.stats_core.maxva import TemporalMoments
 from gradiometer.stats_core.moments import Moments
 from gradiometer.stats_core.noise import noise_sums
@@ -311,9 +312,9 @@ def adam_sums(adam: AdamStep, moments: Moments, scale: Array = 1.0) -> dict[str,
             units of P. The ratio of the two does not depend on it.
 
     Returns:
-        Scalars: ``preconditioned_variance`` and ``preconditioned_grad_sq_norm`` (unbiased; the latter may be
-        negative), ``inverse_root`` and ``inverse_root_sq`` (of the divisor that this step is made with),
-        ``inverse_root_change``, ``step_size`` and ``momentum_disagreements``.
+        Scalars: ``preconditioned_variance`` and ``preconditioned_grad_sq_norm`` (unbiased where the weights are equal;
+        the latter may be negative), ``inverse_root`` and ``inverse_root_sq`` (of the divisor that this step is made
+        with), ``inverse_root_change``, ``step_size`` and ``momentum_disagreements``.
 
     Guarantees:
         * Safe at gradient scales of 1e-18 and 1e18 in float32.
@@ -324,6 +325,8 @@ def adam_sums(adam: AdamStep, moments: Moments, scale: Array = 1.0) -> dict[str,
         before the first step           all but ``inverse_root``, ``inverse_root_sq``, ``step_size`` are NaN
         fewer than two examples         the preconditioned sums are NaN, no element is active
         divisor 0 (v = 0 and ε = 0)     inf or NaN in the sums that divide by it
+        one of m and ḡ is exactly 0     half a disagreement: a random sign is wrong half of the time
+        inactive element                no disagreement; active as in `elements.element_sums`
         ==============================  ==================================================================
 
     Example:
@@ -350,8 +353,9 @@ def adam_sums(adam: AdamStep, moments: Moments, scale: Array = 1.0) -> dict[str,
     of_mean = spread * _mean_over_full(moments)  # one number for all elements: outside of the sum
     peak = positive_or_one(xp.max(after)) if math.prod(after.shape) else 1.0
     two_examples = _nan_below_two(moments.count)
-    disagrees = (signs(adam.momentum) != signs(moments.mean)) & (moments.m2 > 0)
-    disagreements = total(xp.astype(disagrees, adam.divisor.dtype))
+    active = active_elements(moments.mean, moments.m2, element_limits(moments))
+    apart = xp.abs(signs(adam.momentum) - signs(xp.where(active > 0, moments.mean, xp.zeros_like(moments.mean))))
+    disagreements = 0.5 * total(active * apart)
     return {
         "preconditioned_variance": (spread + of_mean) * two_examples * scale,
         "preconditioned_grad_sq_norm": (square_sum(moments.mean * inverse) - of_mean) * two_examples * scale,

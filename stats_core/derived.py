@@ -57,7 +57,10 @@ def _consecutive_cosine(consecutive_dot: Array, step_variance: Array) -> Array:
 
 
 def _inverse_root_spread(inverse_root_sq: Array, inverse_root: Array) -> Array:
-    return _root(divided(inverse_root_sq, inverse_root * inverse_root) - 1.0)
+    xp = namespace(inverse_root_sq, inverse_root)
+    excess = divided(inverse_root_sq, inverse_root * inverse_root) - 1.0
+    # A mean of squares is never below the squared mean: what is, is rounding, and the elements are all alike.
+    return _root(xp.where(excess < 0, xp.zeros_like(excess), excess))
 
 
 FORMULAS: Mapping[str, Callable[..., Array]] = {

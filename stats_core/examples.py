@@ -81,8 +81,9 @@ def example_columns(rows: ExampleRows, names: Collection[str]) -> dict[str, Arra
         the others ask for: one half is what pure noise gives.
     ``deviation_kurtosis``
         :math:`\operatorname{mean} R_i^4 / (\operatorname{mean} R_i^2)^2` of :math:`R_i = \|g_i - \bar g\|`: 1 where all
-        examples deviate equally far; :math:`1 + 2 \operatorname{tr} \Sigma^2 / (\operatorname{tr} \Sigma)^2` on average
-        where they are normal.
+        examples deviate equally far, as two always do; towards
+        :math:`1 + 2 \operatorname{tr} \Sigma^2 / (\operatorname{tr} \Sigma)^2` where they are normal and many (few
+        read lower: :math:`3 (n-1)/(n+1)` instead of 3 in one dimension).
 
     Args:
         rows: of one logical batch.

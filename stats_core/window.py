@@ -88,7 +88,8 @@ def across_layers(
     if not row.travels:
         return float(_formed(row, _of_model(row, columns, sizes, gradient_scale, scalars))[0])
     if row.kind == "example":
-        return float(_formed(row, [_scalar(name, scalars, columns[name])])[0])
+        whole = {name: _scalar(name, scalars, columns[name])}
+        return float(_formed(row, _by_layer(row, whole, gradient_scale, None))[0])
     # First each layer's mean over the steps that have it: a layer that is missing for a step leaves no dip.
     layers = _formed(row, _by_layer(row, columns, gradient_scale, scalars))[None, :]
     return float(_formed(row, _of_model(row, {name: layers}, sizes, None, None))[0])
@@ -139,7 +140,30 @@ def interval_across_layers(
     *,
     level: float = 0.95,
 ) -> Interval:
-    """The same for the whole model; both ends are floats."""
+    """The interval of a statistic over a window, for the whole model.
+
+    Args:
+        name: as `interval`.
+        columns: as `windowed`.
+        sizes: as `across_layers`.
+        gradient_scale: as `windowed`.
+        scalars: as `windowed`.
+        level: as `interval`.
+
+    Returns:
+        Both ends, as floats; otherwise as `interval`.
+
+    Raises:
+        ValueError: if the statistic has no interval.
+
+    Example:
+        >>> import numpy as np
+        >>> columns = {"variance_trace": np.full((4, 2), 4.0), "grad_sq_norm": np.full((4, 2), 2.0)}
+        >>> columns["grad_sq_norm"][:2, 0] = 1.0, 3.0
+        >>> found = interval_across_layers("noise_scale", columns, np.array([10, 10]))
+        >>> round(found.low, 2), round(found.high, 2)
+        (1.51, 2.96)
+    """
     row = _with_interval(name)
     top, bottom = _of_model(row, columns, sizes, gradient_scale, scalars)
     found = _INTERVALS[row.name](top, bottom, level)

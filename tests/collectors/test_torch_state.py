@@ -344,3 +344,22 @@ def test_the_moments_of_maxva_are_read_as_before() -> None:
         assert found.within == 0.0
     mine[0].grad = None
     assert OptimizerState(optimizer).reading({})(mine[0]) is None
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_loss_scale_that_a_fused_optimizer_divides_by_is_not_in_adam_s_geometry(said: bool) -> None:
+    drawn = torch.randn(6, 4, generator=torch.Generator().manual_seed(2)) + 1
+    found = {}
+    for loss_scale in (1.0, 1024.0):
+        parameter = nn.Parameter(torch.ones(4))
+        optimizer = torch.optim.Adam([parameter], fused=True)
+        for _ in range(2):
+            parameter.grad = drawn.mean(0)
+            optimizer.step()
+        optimizer.grad_scale = torch.tensor(loss_scale)  # as GradScaler does just before the step
+        parameter.grad = drawn.mean(0) * loss_scale
+        told = 1.0 if said else loss_scale  # a scale that is said is undone in the moments
+        moments = {parameter: Moments.from_per_example(drawn * told)}
+        sums = AdamState(optimizer).sums(moments, (loss_scale / told) ** 2)
+        found[loss_scale] = {name: float(value) for name, value in sums[parameter].items()}
+    assert found[1024.0] == pytest.approx(found[1.0], rel=1e-5)

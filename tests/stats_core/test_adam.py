@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gradiometer.stats_core import maxva
 from gradiometer.stats_core.adam import AdamStep, adam_step, adam_sums, maxva_step, nadam_mix, nesterov_mix
+from gradiometer.stats_core.elements import element_sums
 from gradiometer.stats_core.maxva import TemporalMoments
 from gradiometer.stats_core.moments import Moments
 from gradiometer.stats_core.noise import noise_sums
@@ -188,9 +189,8 @@ def loop_sums(adam: AdamStep, grads: Sequence[np.ndarray], weights: Sequence[flo
         found["inverse_root_sq"] += 1 / after**2 / elements
         found["inverse_root_change"] += abs(1 / after - 1 / p) / elements
         found["step_size"] += abs(float(adam.step[j])) / elements
-        found["momentum_disagreements"] += bool(
-            moments.m2[j] > 0 and np.sign(adam.momentum[j]) != np.sign(moments.mean[j])
-        )
+        if moments.m2[j] > raw.sum() * (4 * np.finfo(np.float64).eps * moments.mean[j]) ** 2:  # more than rounding
+            found["momentum_disagreements"] += abs(np.sign(adam.momentum[j]) - np.sign(moments.mean[j])) / 2
     return found
 
 
@@ -307,7 +307,17 @@ def test_momentum_that_points_elsewhere_is_counted_where_the_examples_differ() -
     ones = np.ones(5)
     momentum = np.array([-1.0, -1.0, -1.0, 1.0, 1.0])
     got = adam_sums(AdamStep(momentum, ones, ones, ones), Moments.from_per_example(grads))
-    assert got["momentum_disagreements"] == 2.0  # the first, and the fourth, whose mean has no sign
+    assert got["momentum_disagreements"] == 1.5  # the first, and half of the fourth, whose mean has no sign
+
+
+def test_disagreements_are_never_more_than_the_active_elements_they_are_a_share_of() -> None:
+    grads = np.array([[3.0, 1.0], [3.0, -2.0]], np.float32)
+    grads[1, 0] = np.nextafter(np.float32(3.0), np.float32(4.0))  # apart by rounding alone: not active
+    moments = Moments.from_per_example(grads)
+    assert moments.m2[0] > 0
+    ones = np.ones(2, np.float32)
+    found = adam_sums(AdamStep(-ones, ones, ones, ones), moments)["momentum_disagreements"]
+    assert found <= float(element_sums(moments)["active_elements"]) == 1.0
 
 
 def test_before_the_first_step_only_what_the_step_is_made_of_exists() -> None:

@@ -58,6 +58,15 @@ def test_the_spread_of_inverse_roots_is_the_coefficient_of_variation() -> None:
     assert found == pytest.approx(float(x.std() / x.mean()))
 
 
+@pytest.mark.parametrize("exact", [1 / 3, 0.1, 0.7, 12345.6])
+def test_elements_that_are_all_alike_have_no_spread_whatever_rounding_says(exact: float) -> None:
+    x = np.float32(exact)
+    below, above = (float(np.nextafter(x * x, np.float32(end))) for end in (0, np.inf))
+    assert value("inverse_root_spread", inverse_root=float(x), inverse_root_sq=below) == 0.0
+    assert value("inverse_root_spread", inverse_root=float(x), inverse_root_sq=above) < 1e-3
+    assert np.isnan(value("inverse_root_spread", inverse_root=0.0, inverse_root_sq=0.0))
+
+
 def test_what_a_sign_keeps_of_no_signal_is_not_a_number() -> None:
     sums = {"sign_signal": 2.0, "sign_noise": 100.0, "active_elements": 50.0}
     assert value("sign_snr_kept", gsnr_sum=2.0, **sums) == pytest.approx(0.5)

@@ -136,6 +136,15 @@ def test_measured_norms_go_with_the_root_of_the_gradient_scale() -> None:
     assert windowed("gsnr_sum", columns, np.array([0.25])).tolist() == [4.0]
 
 
+def test_the_whole_models_norms_go_with_the_gradient_scale_as_each_layers_do() -> None:
+    columns = {"norm_max": np.array([[6.0], [6.0]]), "parallel_variance": np.array([[8.0], [8.0]])}
+    scalars = {name: values[:, 0] for name, values in columns.items()}  # a model of one layer
+    scale = np.array([0.25, np.nan])
+    for name, expected in (("norm_max", 4.5), ("parallel_variance", 5.0)):
+        assert windowed(name, columns, scale).tolist() == [expected]
+        assert across_layers(name, columns, np.ones(1), scale, scalars) == expected
+
+
 def jackknifed(top: np.ndarray, bottom: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """The interval of sum(top)/sum(bottom) over steps, written out."""
     steps = len(top)
