@@ -188,6 +188,10 @@ def within_variance(moments: Moments, within: Within = "mean") -> Array:
     weights, rescaled so that its sum is the unbiased variance of the weighted mean. ``"full"``: the
     variance of one example, :math:`M_2 / W`.
 
+    Args:
+        moments: of one parameter, with the norms of all its examples where weights differ.
+        within: "mean" or "full".
+
     Returns:
         Shape ``(*param,)``. Unit: (loss / parameter)², of the gradient as in ``moments.mean``.
 

@@ -318,6 +318,9 @@ def standard_error(moments: Moments) -> Array:
     which is :math:`s / \sqrt n` where all weights are 1: by how much the batch gradient would differ
     from one batch to the next if nothing but the drawn examples changed.
 
+    Args:
+        moments: as `variance`. Where weights differ, exact for examples of one variance only.
+
     Returns:
         Shape ``(*param,)``. Unit: loss / parameter.
 

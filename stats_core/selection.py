@@ -45,6 +45,10 @@ def selected(statistics: Statistics) -> frozenset[str]:
 
     Raises:
         ValueError: as `spelled`.
+
+    Example:
+        >>> sorted(selected("noise_scale"))
+        ['count', 'effective_count', 'grad_sq_norm', 'variance_trace']
     """
     found: set[str] = set(_ALWAYS)
     for name in spelled(statistics).split(","):

@@ -78,6 +78,10 @@ def across_layers(
     Returns:
         One number; NaN where it does not exist.
 
+    Raises:
+        ValueError: if the catalogue has no such statistic.
+        KeyError: if a column that it needs is missing. (A scalar that is missing is NaN.)
+
     Example:
         >>> import numpy as np
         >>> columns = {"variance_trace": np.array([[8.0, 1.0]]), "grad_sq_norm": np.array([[1.0, 2.0]])}
