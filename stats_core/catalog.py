@@ -51,11 +51,11 @@ STATISTICS: tuple[Statistic, ...] = (
     ),
     Statistic(
         "variance_trace", "tr Σ", _SQ, "Variance of the examples' gradients, summed over elements (unbiased)",
-        "ΣM₂/Σa + P", "sum", "light", ("m2", "sq_norms", "weights"), "variance_trace",
+        "ΣM₂/Σa + P", "sum", "light", ("mean", "m2", "sq_norms", "weights"), "variance_trace",
     ),
     Statistic(
         "batch_variance", "P", _SQ, "Variance of the batch gradient, measured across the examples of the batch",
-        "(Σwᵢ²‖gᵢ‖² − s₂‖ḡ‖²)/(1 − s₂)", "sum", "light", ("m2", "sq_norms", "weights"), "batch_variance",
+        "(Σwᵢ²‖gᵢ‖² − s₂‖ḡ‖²)/(1 − s₂)", "sum", "light", ("mean", "m2", "sq_norms", "weights"), "batch_variance",
     ),
     Statistic(
         "grad_sq_norm", "|G|²", _SQ, "Squared norm of the true gradient (unbiased: may be negative)", "‖ḡ‖² − P",
@@ -85,16 +85,16 @@ STATISTICS: tuple[Statistic, ...] = (
     ),
     # Element by element, across the examples.
     Statistic(
-        "active_elements", "–", "elements", "Elements whose gradient differs between examples", "#{j: σ̂ⱼ > 0}",
-        "sum", "default", ("m2",),
+        "active_elements", "–", "elements", "Elements whose gradient differs between examples", "#{j: σ̂ⱼ > 4ε|ḡⱼ|}",
+        "sum", "default", ("mean", "m2"),
     ),
     Statistic(
         "gsnr_sum", "Σr", "ratio", "Gradient signal-to-noise ratios of the active elements, added up (bias-corrected)",
-        "Σⱼ (n−3)/(n−1)·ḡⱼ²/σ̂ⱼ² − 1/n", "sum", "default", ("mean", "m2"),
+        "Σⱼ[(n−3)/(n−1)·ḡⱼ²/σ̂ⱼ² − 1/n]", "sum", "default", ("mean", "m2"),
     ),
     Statistic(
         "evidence_sum", "–", "ratio", "Evidence criterion of the active elements, added up",
-        "Σⱼ 1 − (n−3)/(n−1)·tⱼ²", "sum", "default", ("mean", "m2"),
+        "Σⱼ[1 − (n−3)/(n−1)·tⱼ²]", "sum", "default", ("mean", "m2"),
     ),
     Statistic(
         "significant_elements", "–", "elements", "Elements whose mean differs from 0 at the 5 % level",
@@ -186,7 +186,7 @@ STATISTICS: tuple[Statistic, ...] = (
         "Σ(ḡⱼ² − σ̂ⱼ²/n)/Pⱼ²", "sum", "full", ("mean", "m2", "adam"),
     ),
     Statistic(
-        "inverse_root", "1/√v̂", "parameter/loss", "Adam's divisor turned over, averaged over elements",
+        "inverse_root", "1/√v̂", "parameter/loss", "Divisor of Adam's step turned over, averaged over elements",
         "mean 1/(√v̂ + ε)", "mean", "full", ("adam",),
     ),
     Statistic(
@@ -240,8 +240,8 @@ STATISTICS: tuple[Statistic, ...] = (
         "|G|²/‖ḡ‖²", "ratio", "light", ("grad_sq_norm", "mean_sq_norm"), "signal_share_ratio",
     ),
     Statistic(
-        "diversity", "Δ", "ratio", "Gradient diversity of the batch; 1/n: all alike, 1: orthogonal", "m₂/(n‖ḡ‖²)",
-        "ratio", "light", ("sq_norm_mean", "count*mean_sq_norm"), "diversity_ratio",
+        "diversity", "Δ", "ratio", "Gradient diversity of the batch; s₂: all alike, 1: orthogonal", "s₂m₂/‖ḡ‖²",
+        "ratio", "light", ("sq_norm_mean", "effective_count*mean_sq_norm"), "diversity_ratio",
     ),
     Statistic(
         "norm_test", "ϑ", "ratio", "Norm test: noise of the batch gradient over its norm", "√(P/‖ḡ‖²)",
@@ -265,7 +265,7 @@ STATISTICS: tuple[Statistic, ...] = (
         "η·tr Σ/L", "ratio", "light", ("learning_rate*variance_trace", "loss"),
     ),
     Statistic(
-        "conditioning", "κ", "ratio", "Digits that a variance from sums of squares would lose", "Σwᵢ‖gᵢ‖²/tr Σ",
+        "conditioning", "κ", "ratio", "By how much sums of squares would magnify rounding", "Σwᵢ‖gᵢ‖²/tr Σ",
         "ratio", "light", ("sq_norm_mean", "variance_trace"),
     ),
     Statistic(
@@ -292,7 +292,7 @@ STATISTICS: tuple[Statistic, ...] = (
         "Σ|E sign|²/ΣVar sign", "ratio", "full", ("sign_signal", "sign_noise"),
     ),
     Statistic(
-        "sign_snr_kept", "–", "share", "Share of the signal-to-noise ratio left by a sign taken before the mean",
+        "sign_snr_kept", "–", "share", "Share of a weak signal-to-noise ratio left by a sign taken before the mean",
         "sign_snr/gsnr", "formula", "full", ("sign_signal", "sign_noise", "gsnr_sum", "active_elements"),
         "sign_snr_kept_ratio",
     ),
@@ -320,7 +320,7 @@ STATISTICS: tuple[Statistic, ...] = (
     ),
     Statistic(
         "deviation_ratio_measured", "d²/P", "ratio",
-        "Squared deviation over the measured variance of the mean; about 1 with no drift", "Σd²/ΣP",
+        "Squared deviation over the measured variance of the mean; 1.1 to 1.2 with no drift", "Σd²/ΣP",
         "ratio", "default", ("deviation_sq", "batch_variance"), "deviation_measured_ratio",
     ),
     Statistic(
@@ -328,11 +328,11 @@ STATISTICS: tuple[Statistic, ...] = (
         "Σs_β/ΣD", "ratio", "full", ("fixed_variance", "step_variance"), "drift_ratio",
     ),
     Statistic(
-        "inflation", "s/s_β", "ratio", "MaxVA's variance over that of a fixed coefficient; 2.7 to 5.8 on normal noise",
+        "inflation", "s/s_β", "ratio", "MaxVA's variance over that of a fixed coefficient; 2.7 to 5.7 on normal noise",
         "Σs/Σs_β", "ratio", "full", ("temporal_variance", "fixed_variance"), "inflation_ratio",
     ),
     Statistic(
-        "inverse_root_spread", "–", "ratio", "Spread of 1/√v̂ over elements: its standard deviation over its mean",
+        "inverse_root_spread", "–", "ratio", "Spread of 1/√v̂ over elements and steps: standard deviation over mean",
         "√(mean x²/(mean x)² − 1)", "formula", "full", ("inverse_root_sq", "inverse_root"),
         "inverse_root_spread_ratio",
     ),

@@ -13,7 +13,7 @@ __all__ = ["glossary"]
 _KINDS = {
     "sum": "sum over the layer's elements; travels",
     "mean": "mean over the layer's elements; travels",
-    "count": "the same for all layers; travels",
+    "count": "the same for all layers, or the largest of them; travels",
     "example": "made of the examples' own numbers; travels, for each layer and for the whole model",
     "histogram": "log-bucketed counts, merged exactly; travels",
     "outliers": "single examples; travels",

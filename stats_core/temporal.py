@@ -74,7 +74,7 @@ def maxva_sums(
 
     Returns:
         Sums: ``temporal_variance``, ``temporal_variance_prior``, ``deviation_sq`` in (loss / parameter)²,
-        ``deviation_share``, ``maxva_beta`` (scalars; the last four NaN until a variance exists), and, with ``kish``,
+        ``deviation_share``, ``maxva_beta`` (scalars; the last four NaN until a variance exists, which is 0 where all gradients were), and, with ``kish``,
         ``effective_steps``; the state after, and Q after.
 
     Guarantees:
@@ -108,7 +108,9 @@ def maxva_sums(
     q = xp.where(finite, q, xp.nan)
     deviation = grad - before.u
     prior = total(before.s)
-    exists = prior > 0
+    squares = square_sum(deviation)
+    # A gradient that has always been 0 has a variance of 0. One that differs from a single other has none to hold it to.
+    exists = (prior > 0) | (_has_begun(before) & (squares == 0))
     beta = maxva.maxva_beta(before, q, **{name: betas[name] for name in ("beta_max", "beta_init") if name in betas})
 
     def where_it_exists(value: Array) -> Array:
@@ -117,7 +119,7 @@ def maxva_sums(
     sums = {
         "temporal_variance": total(after.s),
         "temporal_variance_prior": where_it_exists(prior),
-        "deviation_sq": where_it_exists(square_sum(deviation)),
+        "deviation_sq": where_it_exists(squares),
         "deviation_share": where_it_exists(_mean(xp.astype(deviation * deviation > before.s, grad.dtype))),
         "maxva_beta": where_it_exists(_mean(beta)),
     }
@@ -229,6 +231,13 @@ def fixed_sums(before: FixedMoments, grad: Array, beta: float) -> tuple[dict[str
     finite = xp.all(xp.isfinite(after.s))
     kept = (xp.where(finite, new, old) for new, old in zip(after, before, strict=True))
     return {"fixed_variance": variance}, FixedMoments(*kept)
+
+
+def _has_begun(state: TemporalMoments) -> Array:
+    """True where the state has taken a gradient; it takes all elements at once."""
+    xp = namespace(state.w)
+    flat = xp.reshape(state.w, (-1,))
+    return flat[0] > 0 if flat.shape[0] else xp.zeros(1, dtype=xp.bool)[0]
 
 
 def _spread(before: Array, q: Array) -> Array:

@@ -34,9 +34,9 @@ def test_the_doubling_gain_goes_from_one_without_noise_to_two_without_signal() -
 
 
 def test_identical_and_orthogonal_examples_are_the_ends_of_diversity() -> None:
-    same = {"sq_norm_mean": 9.0, "mean_sq_norm": 9.0, "count": 16.0}
+    same = {"sq_norm_mean": 9.0, "mean_sq_norm": 9.0, "effective_count": 16.0}
     assert value("diversity", **same) == pytest.approx(1 / 16)
-    orthogonal = {"sq_norm_mean": 1.0, "mean_sq_norm": 1 / 16, "count": 16.0}
+    orthogonal = {"sq_norm_mean": 1.0, "mean_sq_norm": 1 / 16, "effective_count": 16.0}
     assert value("diversity", **orthogonal) == pytest.approx(1.0)
 
 

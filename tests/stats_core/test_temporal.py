@@ -453,3 +453,16 @@ def test_a_parameter_without_elements_has_sums_of_zero() -> None:
     beside, pair = fixed_sums(FixedMoments.zeros_like(grad), grad, 0.9)
     assert float(fixed_sums(pair, grad, 0.9)[0]["fixed_variance"]) == 0
     assert np.isnan(float(beside["fixed_variance"]))
+
+
+def test_a_parameter_without_any_gradient_does_not_hide_its_layer() -> None:
+    state, zeros = TemporalMoments.zeros_like(np.zeros(3)), np.zeros(3)
+    first = maxva_sums(state, zeros)
+    assert np.isnan(float(first.sums["deviation_sq"]))  # nothing to be held against yet
+    second = maxva_sums(first.after, zeros)
+    assert float(second.sums["temporal_variance_prior"]) == 0.0
+    assert float(second.sums["deviation_sq"]) == 0.0
+    assert float(second.sums["deviation_share"]) == 0.0
+    assert float(second.sums["maxva_beta"]) == pytest.approx(0.999)
+    live = maxva_sums(second.after, np.ones(3))  # and now it has one, against a variance of 0
+    assert np.isnan(float(live.sums["deviation_sq"]))

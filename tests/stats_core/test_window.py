@@ -87,7 +87,7 @@ def test_a_step_without_a_gradient_scale_is_taken_as_it_was_measured() -> None:
 def test_a_product_of_columns_is_formed_step_by_step() -> None:
     columns = {
         "sq_norm_mean": np.array([[8.0], [8.0]]),
-        "count": np.array([[16.0], [4.0]]),
+        "effective_count": np.array([[16.0], [4.0]]),
         "mean_sq_norm": np.array([[1.0], [2.0]]),
     }
     assert windowed("diversity", columns).tolist() == [16.0 / 24.0]
