@@ -74,7 +74,8 @@ def maxva_sums(
 
     Returns:
         Sums: ``temporal_variance``, ``temporal_variance_prior``, ``deviation_sq`` in (loss / parameter)²,
-        ``deviation_share``, ``maxva_beta`` (scalars; the last four NaN until a variance exists, which is 0 where all gradients were), and, with ``kish``,
+        ``deviation_share``, ``maxva_beta`` (scalars; the last four NaN until a variance exists: one of 0
+        does where all gradients were 0), and, with ``kish``,
         ``effective_steps``; the state after, and Q after.
 
     Guarantees:
@@ -109,7 +110,7 @@ def maxva_sums(
     deviation = grad - before.u
     prior = total(before.s)
     squares = square_sum(deviation)
-    # A gradient that has always been 0 has a variance of 0. One that differs from a single other has none to hold it to.
+    # Gradients that were always 0 have a variance of 0; one that differs from a single other has none to be held to.
     exists = (prior > 0) | (_has_begun(before) & (squares == 0))
     beta = maxva.maxva_beta(before, q, **{name: betas[name] for name in ("beta_max", "beta_init") if name in betas})
 
