@@ -60,7 +60,7 @@ def unpack_histogram(message: Histogram) -> histogram.Histogram:
     """What a message counts, to merge and to ask for quantiles.
 
     Example:
-        >>> unpack_histogram(Histogram(statistic="element_t_sq", schema=3, positive_index=[0, 8], positive_count=[3, 1]))
+        >>> unpack_histogram(Histogram(schema=3, positive_index=[0, 8], positive_count=[3, 1]))
         Histogram(schema=3, zero_threshold=0.0, zero_count=0, positive_index=(0, 8), positive_count=(3, 1),
             negative_index=(), negative_count=())
     """

@@ -34,6 +34,19 @@ def test_whatever_arrives_the_answer_is_json():
     assert json.loads(text)["model"]["batch_variance"] is None
 
 
+def test_gradients_of_extreme_scale_are_shown_and_what_float32_does_not_hold_is_no_point_of_the_chart():
+    for exponent, in_chart in ((40.0, True), (150.0, False), (-60.0, True)):
+        batch = make_batch(range(6), unit_exponent=exponent)
+        found = numbers(view_with(batch), layer=1)
+        plain = numbers(view_with(make_batch(range(6))), layer=1)
+        for name in ("noise_scale", "variance_ratio", "significant_share"):
+            assert found["table"][name] == plain["table"][name]
+        want = np.array(plain["table"]["batch_variance"]) * 2.0 ** (2 * exponent)
+        assert np.allclose(found["table"]["batch_variance"], want, rtol=1e-4, atol=0)
+        assert (found["point"]["batch_variance"] != [None]) == in_chart
+        json.dumps(found, allow_nan=False)
+
+
 def test_a_run_without_steps_has_facts_and_no_numbers():
     found = numbers(view_with())
     assert found["step"] is None
