@@ -1,6 +1,6 @@
 """The PyTorch collector: what a user of `gradiometer.attach` calls."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -62,11 +62,15 @@ class TorchCollector(StepFollower):
 
         Raises:
             ValueError: if weights are given without ``loss_reduction="weighted"``, their shape is not
-                ``(batch,)``, there is not one id a weight, or segments are given.
+                ``(batch,)``, there is not one id a weight, ids have no length, or segments are given.
         """
         if segments is not None:
             raise ValueError(
                 "collector.batch needs segments=None in this release, got segments; give one row an example"
+            )
+        if ids is not None and not isinstance(ids, Sized):
+            raise ValueError(
+                f"collector.batch needs ids as a sequence, one id a row, got ids={type(ids).__name__}; pass list(ids)"
             )
         if weights is not None:
             if self._settings.loss_reduction != "weighted":

@@ -63,6 +63,7 @@ class StepMeasurer:
         self._adam = adam
         self._layers: list[LayerParameters] = []
         self._uncovered: set[str] = set()
+        self._frozen = [parameter for parameter in model.parameters() if parameter not in plan.names]
         self._last_step: int | None = None
 
     def measure(
@@ -84,8 +85,10 @@ class StepMeasurer:
         scalars: dict[str, Any] = {"examples": batch.examples, "skipped": int(skipped)}
         if self._optimizer is not None:
             scalars["learning_rate"] = self._optimizer.param_groups[0].get("lr", math.nan)
+        loss_scale = getattr(self._optimizer, "grad_scale", None)  # set by GradScaler on optimizers that divide by it
+        divisor = 1.0 if loss_scale is None else loss_scale
         if squares:
-            scalars["grad_norm"] = torch.stack([*squares.values()]).sum().sqrt()
+            scalars["grad_norm"] = torch.stack([*squares.values()]).sum().sqrt() / divisor
         places = [at for at, layer in enumerate(self._layers) if all(p in moments for p in layer.parameters)]
         layers = [self._layers[at].parameters for at in places]
         in_order = list(dict.fromkeys([*itertools.chain(*layers), *moments]))
@@ -94,7 +97,7 @@ class StepMeasurer:
             of_batch = batch_sums([moments[parameter] for parameter in in_order], self._wanted)
             scale = _gradient_scale(squares, moments, dict(zip(in_order, of_batch["mean_sq_norm"], strict=True)))
             if scale is not None:
-                scalars["gradient_scale"] = scale
+                scalars["gradient_scale"] = scale / divisor / divisor
             added = {} if skipped else self._added(moments, in_order, of_batch, scale, with_optimizer=with_optimizer)
             parts = [[self._part(p, moments[p], *added.get(p, ({}, {}))) for p in parameters] for parameters in layers]
             if parts:
@@ -151,7 +154,7 @@ class StepMeasurer:
         return Part(moments, parameter.numel(), sums, sketches)
 
     def _grad_squares(self) -> dict[nn.Parameter, Tensor]:
-        """Squared norm of each gradient as the optimizer sees it."""
+        """Squared norm of each gradient as the optimizer is handed it."""
         return {
             parameter: square_sum(widened(parameter.grad))
             for parameter in self._plan.names
@@ -161,10 +164,13 @@ class StepMeasurer:
     def _register(self, batch: LogicalBatch, moments: Mapping[nn.Parameter, Moments]) -> None:
         """Register the run with the first step; later, say where the coverage has changed."""
         missing = {parameter: reason for parameter, reason in batch.missing.items() if parameter not in moments}
-        uncovered = {self._plan.names[parameter] for parameter in missing}
+        reasons = {self._plan.names[parameter]: reason for parameter, reason in missing.items()}
+        if any(parameter.requires_grad for parameter in self._frozen):
+            found = coverage_of(self._model, self._plan.names, missing)
+            reasons |= {uncovered.parameter: uncovered.reason for uncovered in found.uncovered}
         if self._reporter.is_open:
-            if uncovered != self._uncovered:
-                text = "; ".join(f"{self._plan.names[p]}: {reason}" for p, reason in missing.items())
+            if reasons.keys() != self._uncovered:
+                text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
                 self._reporter.event("coverage", text or "all parameters are measured")
         else:
             self._layers = layers_of(self._model, [p for p in self._plan.names if p not in self._plan.refused])
@@ -175,7 +181,7 @@ class StepMeasurer:
             run.loss.accumulation = batch.passes
             run.config["batch_size"] = str(batch.examples)
             self._reporter.open(self._wanted)
-        self._uncovered = uncovered
+        self._uncovered = set(reasons)
 
 
 def _gradient_scale(

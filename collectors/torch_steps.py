@@ -89,7 +89,7 @@ class StepFollower:
         self._its_modules = weakref.WeakSet[nn.Module]()
         self._handles: list[Any] = []
         self._said: set[str] = set()
-        self._is_off = self._is_paused = False
+        self._is_off = self._is_paused = self._was_paused = False
         self._batch_info: tuple[Sequence[Any] | None, Tensor | None] = (None, None)
         self._missing: dict[nn.Parameter, str] = dict(plan.refused)
         # The step that is open, or the last one.
@@ -171,6 +171,7 @@ class StepFollower:
         if in_backward():
             return
         if not model.training or not torch.is_grad_enabled() or self._is_paused:
+            self._was_paused |= self._is_paused
             self._reporter.hand_over()
             return
         coupling = [name for name, module in self._batch_norms if couples(module)]
@@ -219,7 +220,7 @@ class StepFollower:
         self._reporter.next_step()
         self._batch = LogicalBatch(self._settings.loss_reduction)
         self._engine.seconds = 0.0
-        self._is_open = True
+        self._is_open, self._was_paused = True, False
         self._is_measured = self._cadence.due(self._step)
 
     def _new_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
@@ -289,10 +290,11 @@ class StepFollower:
     def _optimizer_ends(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
         self._in_optimizer = False
         if not self._is_open:
-            self._say_once(
-                "the optimizer made a step and no forward pass of the model was seen before it: call the "
-                "model itself, not a compiled or copied one"
-            )
+            if not self._was_paused:
+                self._say_once(
+                    "the optimizer made a step and no forward pass of the model was seen before it: call the "
+                    "model itself, not a compiled or copied one"
+                )
             self._step += 1
             return
         if self._is_measured and self._batch.passes and self._numbers is None:

@@ -265,3 +265,29 @@ def test_nothing_leaves_the_device_but_the_one_copy_of_the_summary(
         assert len(copies) == 3  # one a step: of the steps before
         assert watch.copied_to == copies
     assert list(recorder.steps) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("said", [False, True])
+def test_a_loss_scale_that_the_optimizer_divides_by_is_not_in_what_it_saw(
+    recorder: Recorder,  # noqa: F811
+    *,
+    fused: bool,
+    said: bool,
+) -> None:
+    model = MLP.make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x, y = MLP.draw(4)
+    norm = math.sqrt(
+        sum(float(loop_moments(each).mean.ravel() @ loop_moments(each).mean.ravel()) for each in
+            example_grads(MLP, model, x, y).values())
+    )  # fmt: skip
+    with gm.attach(model, optimizer) as collector:
+        scaler.scale(squared(model(x), y).mean()).backward()
+        if said:
+            collector.log(loss_scale=scaler.get_scale())
+        scaler.step(optimizer)
+    assert recorder.scalars[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    wanted = 1.0 if said else 1024.0**-2  # unsaid, the measured mean holds the scale
+    assert recorder.scalars[0]["gradient_scale"] == pytest.approx(wanted, rel=1e-5)

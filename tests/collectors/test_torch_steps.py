@@ -285,7 +285,10 @@ def test_a_reentrant_checkpoint_is_measured_around_or_not_at_all() -> None:
         assert set(collector.moments).isdisjoint(reasons)
 
 
-def test_paused_passes_are_not_measured_and_their_steps_are_counted(recorder: Recorder) -> None:  # noqa: F811
+def test_paused_passes_are_not_measured_and_their_steps_are_counted(
+    recorder: Recorder,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, optimizer = start()
     with gm.attach(model, optimizer) as collector:
         backward(model)
@@ -299,7 +302,10 @@ def test_paused_passes_are_not_measured_and_their_steps_are_counted(recorder: Re
         assert collector.step == 2
         backward(model)
         optimizer.step()
+        assert not caplog.records  # a pause that was asked for is nothing to warn of
+        optimizer.step()
     assert list(recorder.steps) == [0, 2]
+    assert ["no forward pass" in record.message for record in caplog.records] == [True]
 
 
 def test_a_batch_of_one_example_has_no_variance_and_says_so_once(
@@ -420,3 +426,31 @@ def test_unfrozen_parameters_are_uncovered_until_attached_again() -> None:
         squared(model(x), y).mean().backward()
         assert {u.parameter for u in collector.coverage.uncovered} == {"0.weight", "0.bias", "2.bias"}
         assert "attach again" in collector.coverage.uncovered[0].reason
+
+
+def test_the_server_is_told_of_parameters_that_are_unfrozen(recorder: Recorder) -> None:  # noqa: F811
+    chosen = case("partly-frozen")
+    model = chosen.make()
+    x, y = chosen.draw(4)
+    with gm.attach(model):
+        for step in range(4):
+            if step == 1:
+                model.requires_grad_(True)
+            squared(model(x), y).mean().backward()
+    assert sorted(recorder.steps) == [0, 1, 2, 3]
+    ((kind, text),) = recorder.events
+    assert kind == "coverage"
+    assert "0.weight: it was frozen when the collector was attached; attach again" in text
+
+
+def test_ids_without_a_length_are_refused_where_they_are_given() -> None:
+    model, optimizer = start()
+    with gm.attach(model, optimizer, endpoint="off") as collector:
+        given = (number for number in range(4))
+        with (
+            pytest.raises(ValueError, match=r"needs ids as a sequence.*ids=generator; pass list"),
+            collector.batch(ids=given),  # type: ignore[arg-type]
+        ):
+            backward(model)
+        backward(model)
+        assert collector.moments
