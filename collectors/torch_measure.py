@@ -87,6 +87,8 @@ class StepMeasurer:
             scalars["learning_rate"] = self._optimizer.param_groups[0].get("lr", math.nan)
         loss_scale = getattr(self._optimizer, "grad_scale", None)  # set by GradScaler on optimizers that divide by it
         divisor = 1.0 if loss_scale is None else loss_scale
+        if (found_inf := getattr(self._optimizer, "found_inf", None)) is not None:  # such a step is made of nothing
+            scalars["skipped"] = found_inf.reshape(())
         if squares:
             scalars["grad_norm"] = torch.stack([*squares.values()]).sum().sqrt() / divisor
         places = [at for at, layer in enumerate(self._layers) if all(p in moments for p in layer.parameters)]
@@ -97,7 +99,10 @@ class StepMeasurer:
             of_batch = batch_sums([moments[parameter] for parameter in in_order], self._wanted)
             scale = _gradient_scale(squares, moments, dict(zip(in_order, of_batch["mean_sq_norm"], strict=True)))
             if scale is not None:
-                scalars["gradient_scale"] = scale / divisor / divisor
+                scalars["gradient_scale"] = scale
+                if loss_scale is not None:  # where there is no ratio it stays 1
+                    is_known = (scalars["grad_norm"] > 0) & torch.isfinite(scalars["grad_norm"])
+                    scalars["gradient_scale"] = torch.where(is_known, scale / divisor / divisor, scale)
             added = {} if skipped else self._added(moments, in_order, of_batch, scale, with_optimizer=with_optimizer)
             parts = [[self._part(p, moments[p], *added.get(p, ({}, {}))) for p in parameters] for parameters in layers]
             if parts:

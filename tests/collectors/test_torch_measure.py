@@ -291,3 +291,25 @@ def test_a_loss_scale_that_the_optimizer_divides_by_is_not_in_what_it_saw(
     assert recorder.scalars[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
     wanted = 1.0 if said else 1024.0**-2  # unsaid, the measured mean holds the scale
     assert recorder.scalars[0]["gradient_scale"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_step_that_a_fused_optimizer_skips_itself_is_skipped_and_has_no_gradient_scale_of_its_own(
+    recorder: Recorder,  # noqa: F811
+) -> None:
+    model = MLP.make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x, y = MLP.draw(4)
+    with gm.attach(model, optimizer) as collector:
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = squared(model(x), y).mean() * (math.inf if step == 1 else 1.0)
+            scaler.scale(loss).backward()
+            collector.log(loss_scale=scaler.get_scale())
+            before = [parameter.clone() for parameter in model.parameters()]
+            scaler.step(optimizer)
+            scaler.update()
+            assert all(map(torch.equal, before, model.parameters())) == (step == 1)
+    assert [recorder.scalars[step]["skipped"] for step in range(3)] == [0, 1, 0]
+    assert [recorder.scalars[step]["gradient_scale"] for step in range(3)] == pytest.approx([1.0] * 3, rel=1e-5)
+    assert not math.isfinite(recorder.scalars[1]["grad_norm"])
