@@ -72,7 +72,8 @@ def batch_sums(moments: Sequence[Moments], wanted: Selection) -> dict[str, Array
 
     Returns:
         Catalogue name → shape ``(parameters,)``: the fields of `gradiometer.stats_core.noise.NoiseSums`, and as far as
-        wanted those of `gradiometer.stats_core.elements.element_sums` and `gradiometer.stats_core.signs.sign_sums`.
+        wanted those of `gradiometer.stats_core.elements.element_sums` and `gradiometer.stats_core.signs.sign_sums`,
+        NaN where the parameter's variance does not exist: of one example, or with one that is not finite.
 
     Example:
         >>> import numpy as np
@@ -88,15 +89,17 @@ def batch_sums(moments: Sequence[Moments], wanted: Selection) -> dict[str, Array
         xp.stack([one.sq_norms for one in moments]),
         batch,
     )
-    found = dict(noise._asdict())
+    of_elements: dict[str, Array] = {}
     if not _OF_ELEMENTS.isdisjoint(wanted.columns):
         limits = element_limits(batch)
         parts = xp.stack([element_parts(one.mean, one.m2, limits) for one in moments])
-        found |= element_sums_of_parts(parts, limits)
+        of_elements |= element_sums_of_parts(parts, limits)
     if "sign_mean" in wanted.ingredients and batch.sign_mean is not None:
         signs = [sign_sums(one) for one in moments]
-        found |= {name: xp.stack([one[name] for one in signs]) for name in signs[0]}
-    return found
+        of_elements |= {name: xp.stack([one[name] for one in signs]) for name in signs[0]}
+    # Elements without a variance are left out one by one; a parameter that has such is not counted as if whole.
+    exists = xp.isfinite(noise.batch_variance)
+    return {**noise._asdict(), **{name: xp.where(exists, values, xp.nan) for name, values in of_elements.items()}}
 
 
 def summarized(layers: Sequence[Sequence[Part]], of_batch: Mapping[str, Array], wanted: Selection) -> Summary:

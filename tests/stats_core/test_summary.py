@@ -158,3 +158,16 @@ def test_the_order_of_the_layers_is_the_order_of_the_columns(order: list[int]) -
     want = summary_of(layers).columns["variance_trace"]
     got = summary_of([layers[place] for place in order]).columns["variance_trace"]
     assert got.tolist() == want[order].tolist()
+
+
+def test_elements_are_not_counted_where_their_variance_does_not_exist() -> None:
+    wanted = Selection.of(["gsnr", "sign_snr"])
+    names = ("active_elements", "gsnr_sum", "sign_signal", "sign_noise")
+    alone = summary_of([[np.ones((1, 3))]], wanted).columns
+    assert np.isnan([float(alone[name][0]) for name in names]).all()
+    grads = np.random.default_rng(7).standard_normal((6, 3))
+    broken = grads.copy()
+    broken[2, 0] = np.nan
+    found = summary_of([[grads], [broken]], wanted).columns
+    assert np.isfinite([float(found[name][0]) for name in names]).all()
+    assert np.isnan([float(found[name][1]) for name in names]).all()
