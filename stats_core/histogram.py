@@ -230,7 +230,13 @@ class Histogram:
 
     @classmethod
     def from_sketch(cls, sketch: Sketch, row: int = 0) -> Self:
-        """One row of a sketch, whose arrays are best brought to the host before."""
+        """One row of a sketch, whose arrays are best brought to the host before.
+
+        Example:
+            >>> import numpy as np
+            >>> Histogram.from_sketch(sketch_fixed(np.array([0.5, 4.0, 4.0]))).positive_count
+            (1, 2)
+        """
         first, counts = int(sketch.first[row]), sketch.counts[row].tolist()
         filled = [place for place, count in enumerate(counts) if count]
         return cls(
@@ -292,6 +298,10 @@ class Histogram:
 
         Raises:
             ValueError: if the zero threshold leaves the range of floats.
+
+        Example:
+            >>> Histogram(positive_index=(0,), positive_count=(3,)).shifted(8).quantile(1.0) > 1.9     # times 2
+            True
         """
         threshold = self.zero_threshold
         if threshold > 0:
@@ -333,7 +343,13 @@ class Histogram:
         return math.nan
 
     def buckets(self) -> Iterator[tuple[float, float, int]]:
-        """Lower end, upper end and count of each non-empty bucket, from the lowest numbers to the highest."""
+        """Lower end, upper end and count of each non-empty bucket, from the lowest numbers to the highest.
+
+        Example:
+            >>> [(low, round(high, 3), count) for low, high, count in Histogram(
+            ...     positive_index=(1,), positive_count=(5,)).buckets()]
+            [(1.0, 1.091, 5)]
+        """
         for index, count in reversed(tuple(zip(self.negative_index, self.negative_count, strict=True))):
             yield -_end(index, self.schema), -_end(index - 1, self.schema), count
         if self.zero_count:
