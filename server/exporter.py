@@ -20,6 +20,7 @@ from prometheus_client.samples import Sample
 from gradiometer.server.live import Live
 from gradiometer.server.view import RunView
 from gradiometer.stats_core import catalog
+from gradiometer.stats_core.rows import Statistic
 
 __all__ = ["ExportSettings", "RunsCollector", "metric_names", "register_exporter"]
 
@@ -39,7 +40,6 @@ def _ends(metric: str) -> tuple[str, str]:
 
 
 _INTERVALS = {row.name: _ends(str(row.metric)) for row in _STATISTICS if row.interval}
-_PER_LAYER = len(_STATISTICS) + 2 * len(_INTERVALS)
 
 # Of the run itself; neither a statistic nor a scalar of a step.
 _OWN = {
@@ -135,10 +135,12 @@ class RunsCollector(Collector):
         for view in views:
             self._add_run(families, view)
             wanted = chosen[view.run.run_id]
-            fitting = min(len(wanted), room // _PER_LAYER)
-            room -= fitting * _PER_LAYER
-            dropped += (len(wanted) - fitting) * _PER_LAYER
-            _add_statistics(families, view, wanted[:fitting])
+            measured = [row for row in _STATISTICS if view.is_measured(row.name)]
+            of_each = sum(1 + 2 * row.interval for row in measured)
+            fitting = min(len(wanted), room // of_each) if of_each else 0
+            room -= fitting * of_each
+            dropped += (len(wanted) - fitting) * of_each
+            _add_statistics(families, view, measured, wanted[:fitting])
         families.add(_DROPPED, (), (), dropped)
         yield from families.in_order()
 
@@ -231,25 +233,22 @@ class _Families:
         return self._families.values()
 
 
-def _add_statistics(families: _Families, view: RunView, wanted: tuple[int, ...]) -> None:
+def _add_statistics(families: _Families, view: RunView, measured: Sequence[Statistic], wanted: tuple[int, ...]) -> None:
     run_id, at = view.run.run_id, list(wanted)
     layers = [{"run": run_id, "layer": view.layer_names[index]} for index in wanted]
     quantiles = [{"run": run_id, "q": f"{q:g}"} for q in _QUANTILES]
-    for row in _STATISTICS:
+    for row in measured:
         families.add(f"{_RUN}{row.metric}", ("run",), (run_id,), _resolved(row.name, view.model(row.name)))
-        if at:
-            numbers = _resolved(row.name, view.layers(row.name)[at])
-            families.add_all(f"{_LAYER}{row.metric}", layers, numbers)
-    for name, ends in _INTERVALS.items():
-        model = view.model_interval(name)
-        for metric, number in zip(ends, model, strict=True):
+        families.add_all(f"{_LAYER}{row.metric}", layers, _resolved(row.name, view.layers(row.name)[at]))
+    for name, ends in ((row.name, _INTERVALS[row.name]) for row in measured if row.interval):
+        of_layers, model = view.layers_interval(name, at), view.model_interval(name)
+        for metric, number, numbers in zip(ends, model, of_layers, strict=True):
             families.add(f"{_RUN}{metric}", ("run",), (run_id,), number)
+            families.add_all(f"{_LAYER}{metric}", layers, numbers)
         if name == "noise_scale" and not np.isnan(model.low):
             families.add(_RUN + "noise_scale_resolved", ("run",), (run_id,), float(model.is_resolved))
-        if at:
-            for metric, numbers in zip(ends, view.layers_interval(name, at), strict=True):
-                families.add_all(f"{_LAYER}{metric}", layers, numbers)
-    for row, numbers in zip(_SPREAD, _quantiles(view), strict=True):
+    spread = [row for row in measured if row.kind != "count"]
+    for row, numbers in zip(spread, _quantiles(view, spread), strict=True):
         families.add_all(f"{_LAYERS}{row.metric}", quantiles, numbers)
 
 
@@ -258,13 +257,13 @@ def _resolved(name: str, values: Any) -> Any:
     return np.where(np.asarray(values) <= 0, np.nan, values) if name == "noise_scale" else values
 
 
-def _quantiles(view: RunView) -> np.ndarray:
+def _quantiles(view: RunView, rows: Sequence[Statistic]) -> np.ndarray:
     """Quantiles over the layers that have the number, shape ``(statistics, quantiles)``.
 
     A noise scale that is not resolved counts as the largest.
     """
-    values = np.stack([view.layers(row.name) for row in _SPREAD])
-    for place, row in enumerate(_SPREAD):
+    values = np.array([view.layers(row.name) for row in rows]).reshape(len(rows), -1)
+    for place, row in enumerate(rows):
         if row.name == "noise_scale":
             values[place] = np.where(values[place] <= 0, np.inf, values[place])
     values.sort(axis=1)  # NaN comes last

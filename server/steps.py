@@ -2,11 +2,11 @@
 
 `gradiometer.stats_core.window` forms every number from columns of shape ``(steps, layers)``. Of a large model that is
 much to go through for each of many numbers, and nearly always needless: where a column is there for whole steps or not
-at all, a window of one step that holds the mean of those steps has the same sums, and so has a model of one layer that
-holds the sums over layers.
+at all, a window of one step that holds the mean of those steps has the same sums, and one more layer that holds the
+sums over all of them stands for the whole model.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ class _Whole(NamedTuple):
 
     Attributes:
         present: which steps have it, as bytes, to compare.
-        mean: over those steps, shape ``(1, layers)``; NaN where there are none.
+        mean: over those steps, shape ``(1, layers + 1)``; the last is the sum over layers.
         total: over the layers, shape ``(steps, 1)``; NaN where a step lacks it.
     """
 
@@ -88,25 +88,32 @@ class Steps:
         """A number of each step, shape ``(steps,)``, one step at least; NaN where a step has none."""
         return np.array([step.scalars.get(name, np.nan) for step in self._steps] or [np.nan])
 
-    def mean(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+    def mean(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Columns as a window of one step with the same sums; as they are where there is no such window."""
-        names = tuple(names)
         wholes = self._alike(names)
         if wholes is None:
             return {name: self.column(name) for name in names}
-        return {name: whole.mean for name, whole in zip(names, wholes, strict=True)}
+        return {name: whole.mean[:, :-1] for name, whole in wholes.items()}
 
-    def total(self, names: Iterable[str]) -> dict[str, np.ndarray] | None:
-        """Columns as those of a model of one layer with the same sums; None where there is no such model."""
-        names = tuple(names)
+    def mean_and_model(self, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+        """The same with the model as one more layer at the end, shape ``(1, layers + 1)``; None where there is none."""
         wholes = self._alike(names)
-        return None if wholes is None else {name: one.total for name, one in zip(names, wholes, strict=True)}
+        return None if wholes is None else {name: whole.mean for name, whole in wholes.items()}
 
-    def _alike(self, names: tuple[str, ...]) -> list[_Whole] | None:
+    def columns_and_model(self, names: Sequence[str], layers: Sequence[int]) -> dict[str, np.ndarray] | None:
+        """Columns of some layers and, at the end, of the model, shape ``(steps, layers + 1)``; None as before."""
+        wholes = self._alike(names)
+        if wholes is None:
+            return None
+        return {
+            name: np.concatenate([self.column(name)[:, list(layers)], whole.total], axis=1)
+            for name, whole in wholes.items()
+        }
+
+    def _alike(self, names: Sequence[str]) -> dict[str, _Whole] | None:
         """The columns where they are there in the same steps, for all layers; else None."""
-        found = [self._whole(name) for name in names]
-        wholes = [whole for whole in found if whole is not None]
-        return wholes if len(wholes) == len(names) and len({whole.present for whole in wholes}) == 1 else None
+        found = {name: whole for name in names if (whole := self._whole(name)) is not None}
+        return found if len(found) == len(names) and len({whole.present for whole in found.values()}) == 1 else None
 
     def _whole(self, name: str) -> _Whole | None:
         if name not in self._wholes:
@@ -118,6 +125,7 @@ class Steps:
                 values = values if present.all() else values[present]
                 total = np.full((len(present), 1), np.nan)
                 total[present, 0] = values.sum(axis=1)
-                mean = values.mean(axis=0, keepdims=True)
+                mean = values.mean(axis=0)
+                mean = np.append(mean, mean.sum())[None, :]
                 self._wholes[name] = _Whole(present.tobytes(), mean, total)
         return self._wholes[name]

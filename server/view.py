@@ -105,12 +105,16 @@ class RunView:
         self._steps = Steps(self.window, len(layers.names))
         self._layers: dict[tuple[str, bool], np.ndarray] = {}
         self._models: dict[tuple[str, bool], float] = {}
-        self._intervals: dict[str, Interval] = {}
+        self._intervals: dict[tuple[str, tuple[int, ...]], Interval] = {}
 
     @property
     def last_step(self) -> int | None:
         """Number of the last measured step; None before the first."""
         return self.window[-1].step if self.window else None
+
+    def is_measured(self, name: str) -> bool:
+        """True where some step of the window has all that a statistic is formed of."""
+        return self._is_measured(catalog.statistic(name))
 
     def layers(self, name: str) -> np.ndarray:
         """A statistic of each layer over the window, as it was measured.
@@ -138,21 +142,15 @@ class RunView:
             Both ends, shape ``(layers,)``; NaN where there is none. A noise scale that is not resolved has no upper
             end: infinity.
         """
-        found = self._intervals.get(name)
-        if found is None:
-            columns = self._of_steps(catalog.statistic(name))
-            if layers is not None:
-                return interval(name, {need: values[:, list(layers)] for need, values in columns.items()})
-            found = self._intervals[name] = interval(name, columns)
-        return found if layers is None else Interval(found.low[list(layers)], found.high[list(layers)])
+        wanted = range(len(self.layer_names)) if layers is None else layers
+        found = self._with_model(name, tuple(wanted))
+        return Interval(found.low[:-1], found.high[:-1])
 
     def model_interval(self, name: str) -> Interval:
         """The same for the whole model; both ends are floats."""
-        row = catalog.statistic(name)
-        total = self._steps.total(row.columns) if _is_of(row, "sum") else None
-        if total is not None:
-            return interval_across_layers(name, total, np.ones(1))
-        return interval_across_layers(name, self._of_steps(row), self.sizes)
+        known = next((found for (other, _), found in self._intervals.items() if other == name), None)
+        found = known or self._with_model(name, ())
+        return Interval(float(found.low[-1]), float(found.high[-1]))
 
     def compared_layers(self, name: str) -> np.ndarray:
         """One of `COMPARED` for each layer, all three in the same units, shape ``(layers,)``.
@@ -203,33 +201,58 @@ class RunView:
     def _over_window(self, name: str, *, compared: bool) -> np.ndarray:
         key = (name, compared)
         if key not in self._layers:
-            row = catalog.statistic(name)
-            if self._is_measured(row):
-                scale = self._gradient_scale(row, compared=compared)
-                collapses = scale is None and _is_of(row, "sum", "mean", "count", "example")
-                columns = self._steps.mean(row.columns) if collapses else self._of_steps(row)
-                found = windowed(name, columns, scale, self._scalars(row))
-                self._layers[key] = np.asarray(found)
-            else:
-                self._layers[key] = np.full(len(self.layer_names), np.nan)
+            self._layers[key] = self._formed(name, compared=compared)
         return self._layers[key]
+
+    def _formed(self, name: str, *, compared: bool) -> np.ndarray:
+        """Each layer's number; the model's is kept where it comes along."""
+        row = catalog.statistic(name)
+        if not self._is_measured(row):
+            self._models[name, compared] = float("nan")
+            return np.full(len(self.layer_names), np.nan)
+        scale = self._gradient_scale(row, compared=compared)
+        if scale is None and _is_of(row, "sum"):
+            columns = self._steps.mean_and_model(row.columns)
+            if columns is not None:
+                found = np.asarray(windowed(name, columns))
+                self._models[name, compared] = float(found[-1])
+                return found[:-1]
+        collapses = scale is None and _is_of(row, "mean", "sum", "count", "example")
+        columns = self._steps.mean(row.columns) if collapses else self._of_steps(row)
+        return np.asarray(windowed(name, columns, scale, self._scalars(row)))
 
     def _over_layers(self, name: str, *, compared: bool) -> float:
         key = (name, compared)
+        if key in self._models:
+            return self._models[key]
+        row = catalog.statistic(name)
+        layers = self._over_window(name, compared=compared)
         if key not in self._models:
-            row = catalog.statistic(name)
-            if not self._is_measured(row):
-                self._models[key] = float("nan")
-            elif row.travels and row.kind != "example":
-                # Anything else is first a mean over steps, which is at hand: as a window of one step.
-                means = {name: self._over_window(name, compared=compared)[None, :]}
-                self._models[key] = across_layers(name, means, self.sizes)
+            if row.travels and row.kind != "example":
+                # First a mean over steps, which is at hand: as a window of one step.
+                self._models[key] = across_layers(name, {name: layers[None, :]}, self.sizes)
             else:
                 scale = self._gradient_scale(row, compared=compared)
                 collapses = scale is None and _is_of(row, "sum", "mean")
                 columns = self._steps.mean(row.columns) if collapses else self._of_steps(row)
                 self._models[key] = across_layers(name, columns, self.sizes, scale, self._scalars(row))
         return self._models[key]
+
+    def _with_model(self, name: str, layers: tuple[int, ...]) -> Interval:
+        """The intervals of some layers, and that of the model at the end."""
+        key = (name, layers)
+        if key not in self._intervals:
+            row = catalog.statistic(name)
+            columns = self._steps.columns_and_model(row.columns, layers) if _is_of(row, "sum") else None
+            if columns is not None:
+                self._intervals[key] = interval(name, columns)
+            else:
+                columns = self._of_steps(row)
+                some = interval(name, {need: values[:, list(layers)] for need, values in columns.items()})
+                model = interval_across_layers(name, columns, self.sizes)
+                ends = zip(some, model, strict=True)
+                self._intervals[key] = Interval(*(np.append(of_layers, of_model) for of_layers, of_model in ends))
+        return self._intervals[key]
 
     def _is_measured(self, row: Statistic) -> bool:
         return all(self._steps.has(need) for need in row.columns if need in _COLUMNS)
