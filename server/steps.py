@@ -76,12 +76,9 @@ class Steps:
         """A travelling column, shape ``(steps, layers)``, one step at least; NaN where a step lacks it."""
         found = self._columns.get(name)
         if found is None:
-            found = np.full((max(1, len(self._steps)), self._num_layers), np.nan)
-            for place, step in enumerate(self._steps):
-                values = step.columns.get(name)
-                if values is not None:
-                    found[place] = values
-            self._columns[name] = found
+            absent = np.full(self._num_layers, np.nan, np.float32)
+            rows = [step.columns.get(name, absent) for step in self._steps] or [absent]
+            found = self._columns[name] = np.concatenate(rows).astype(np.float64).reshape(len(rows), -1)
         return found
 
     def scalar(self, name: str) -> np.ndarray:
