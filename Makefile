@@ -29,7 +29,7 @@ demo: setup ## two real training jobs, a server, the live page; about two minute
 	@$(BIN)/gradiometer demo $(ARGS)
 
 test: setup ## the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-matrix: setup ## the full acceptance matrices
 	$(BIN)/python -m pytest -m matrix $(ARGS)

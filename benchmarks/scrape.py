@@ -1,6 +1,6 @@
 """What a scrape of `/metrics` costs: 10 runs of 1,000 layers, each with a new step; processor time, one thread.
 
-The promise: under 0.1 s with the default settings. All layers of all models are shown beside it.
+The promise: about 0.1 s with the default settings. All layers of all models are shown beside it.
 """
 
 import statistics

@@ -268,7 +268,8 @@ def _meaning(recent: RunReport) -> Iterable[str]:
             f"Squared norms are spread as over {effective:.0f} of {batch:.0f} examples; "
             f"norms: median {number(median)}, largest {number(recent.model('norm_max'))}."
         )
-    inflation = recent.model("temporal_variance") / recent.model("batch_variance")
+    across = recent.model("batch_variance")
+    inflation = recent.model("temporal_variance") / across if across > 0 else np.nan
     if np.isfinite(inflation):
         yield f"MaxVA's s is {number(inflation)} times the variance across examples; it is inflated by design."
 

@@ -89,9 +89,8 @@ def found_in_pmap() -> dict[str, np.ndarray]:
     value, grads, moments = jax.pmap(fn, axis_name="data", in_axes=(None, 0, 0))(params, *halves)
     first = flat(*jax.tree.map(lambda leaf: leaf[0], (value, grads, moments)))
     local = flat(value, grads, moments)
-    return {
-        name: local[name].reshape(-1) if name.startswith(("sq_norms", "weights", "dots")) else first[name] for name in first
-    }
+    own = ("sq_norms", "weights", "dots")
+    return {name: local[name].reshape(-1) if name.startswith(own) else first[name] for name in first}
 
 
 def found_under_jit(mesh: Mesh) -> dict[str, np.ndarray]:

@@ -32,6 +32,11 @@ def test_the_report_says_what_was_measured_and_what_was_not() -> None:
     assert "SNR 3.2: a batch of 16 carries more signal than noise (noise scale 5 examples)." in said
 
 
+def test_examples_that_are_all_equal_have_a_report_too() -> None:
+    said = text_of(RunReport.from_batches(status(), [batch(0, 1, batch_variance=0.0, temporal_variance=1.0)]))
+    assert "MaxVA's s is" not in said
+
+
 def test_a_run_without_steps_has_a_report_too() -> None:
     _, empty = report(Shelf())
     assert "empty" in text_of(empty)
