@@ -58,14 +58,14 @@ def clocked(kind: type, name: str, spent: list[float]) -> None:
     setattr(kind, name, timed)
 
 
-def trainer(kind: str, endpoint: str, spent: list[float]) -> Callable[[], None]:
+def trainer(kind: str, endpoint: str, spent: list[float], collectors: list[Any]) -> Callable[[], None]:
     torch.manual_seed(0)
     model = ByteGPT(WIDTH, HEADS, DEPTH, CONTEXT)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     if kind == "the collector alone":
-        gm.attach(model, optimizer, endpoint="off", every=1)
+        collectors.append(gm.attach(model, optimizer, endpoint="off", every=1))
     elif kind in TIERS:
-        gm.attach(model, optimizer, endpoint=endpoint, statistics=TIERS[kind])
+        collectors.append(gm.attach(model, optimizer, endpoint=endpoint, statistics=TIERS[kind]))
     rows = torch.randint(256, (BATCH, CONTEXT + 1))
     seconds = within.setdefault(kind, [])
 
@@ -88,8 +88,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Stage(Path(folder), "127.0.0.1:0", "127.0.0.1:0") as stage:
         stage.start_server()
         kinds = ("plain AdamW", "plain again (control)", "the collector alone", *TIERS)
-        ways = {kind: trainer(kind, stage.grpc, spent) for kind in kinds}
+        collectors: list[Any] = []
+        ways = {kind: trainer(kind, stage.grpc, spent, collectors) for kind in kinds}
         medians = interleaved(ways, repeats=REPEATS, clock=time.thread_time)
+        for collector in collectors:
+            collector.detach()
     size = sum(parameter.numel() for parameter in ByteGPT(WIDTH, HEADS, DEPTH, CONTEXT).parameters())
     show(f"PyTorch, {size / 1e6:.1f} M parameters, B {BATCH}, T {CONTEXT}, one thread, all steps measured", medians)
     plain, collector = medians["plain AdamW"], medians["the collector alone"]
