@@ -1,4 +1,8 @@
-"""A measured PyTorch step against the plain one: the demo's transformer, on one thread."""
+"""A measured PyTorch step against the plain one: the demo's transformer, on one thread.
+
+Nothing is published, so this is the collector alone: per-example gradients and their Moments. What the statistics
+add to it is timed in `tiers.py`.
+"""
 
 import torch
 from torch.nn import functional as F
