@@ -266,7 +266,10 @@ function reading() {
     const largest = { text: `largest ${number(more.norm_max)}`, title: "Mean over the window of each step's largest norm" };
     rows.splice(-2, 0, entry("norm_median", "Median norm", number(more.norm_median), largest));
   }
+  const focused = document.activeElement?.closest?.("#readings [data-statistic]")?.dataset.statistic;
   at("readings").replaceChildren(...rows);
+  // New numbers must not take the focus, and the explanation with it, from whoever reads by keyboard.
+  if (focused) document.querySelector(`#readings [data-statistic="${focused}"]`)?.focus({ preventScroll: true });
   const { num_layers: all, layers } = state.facts;
   const steps = state.numbers.window_steps;
   const part = layers.name.length < all ? `The first ${layers.name.length} of ${all} layers. ` : "";
@@ -305,6 +308,8 @@ function explain(event) {
   const target = event.target.closest?.("[data-statistic]");
   const row = target && catalogue.statistics[target.dataset.statistic];
   const tooltip = at("tooltip");
+  // The pointer at rest is told of every element that moves under it: that ends no explanation asked for by keyboard.
+  if (!row && event.type === "mouseover" && isExplained(document.activeElement)) return;
   tooltip.hidden = !row;
   document.querySelector("[aria-describedby=tooltip]")?.removeAttribute("aria-describedby");
   if (!row) return;
@@ -318,6 +323,10 @@ function explain(event) {
   tooltip.style.top = `${box.bottom + height + 12 < innerHeight ? box.bottom + 6 : box.top - height - 6}px`;
 }
 
+function isExplained(target) {
+  return !at("tooltip").hidden && target?.getAttribute("aria-describedby") === "tooltip";
+}
+
 function hide() {
   at("tooltip").hidden = true;
 }
@@ -325,7 +334,12 @@ function hide() {
 for (const kind of ["mouseover", "focusin"]) document.addEventListener(kind, explain);
 for (const kind of ["mouseleave", "focusout"]) document.documentElement.addEventListener(kind, hide);
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
-addEventListener("scroll", hide, true);
+// A scroll that came with the focus moves the explanation along; any other puts it away.
+addEventListener("scroll", () => {
+  const target = document.activeElement;
+  if (isExplained(target)) explain({ target });
+  else hide();
+}, true);
 addEventListener("hashchange", () => {
   const { run, layer } = address();
   if (!run) return;

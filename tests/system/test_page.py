@@ -177,6 +177,15 @@ def test_intervals_are_told_and_a_noise_scale_without_an_upper_end_is_not_resolv
             page.locator("#readings dt", has_text="Noise scale").focus()
             page.get_by_role("tooltip").wait_for()
             assert "over this window the signal can't be told from 0" in page.inner_text("#tooltip")
+            # Neither new numbers, nor the pointer at rest, nor a scroll take it from whoever reads by keyboard.
+            served.do(live.append, "mnist-1", step(6, norm_median=0.5, norm_max=2.0))
+            wait_for(page, "Step", "6")
+            page.mouse.move(5, 5)
+            page.evaluate("window.scrollBy(0, 20)")
+            page.wait_for_timeout(200)
+            assert page.get_by_role("tooltip").is_visible()
+            page.keyboard.press("Escape")
+            page.get_by_role("tooltip").wait_for(state="hidden")
 
 
 def test_examples_that_are_not_finite_are_flagged_with_text(shown):
